@@ -1,0 +1,99 @@
+"""Every private torch name that this project uses, in one place.
+
+Supported and tested: torch 2.11 and 2.13. When a new torch moves one of these, this is the only file
+that changes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import GlobalSource
+from torch._functorch._aot_autograd.schemas import AOTConfig
+from torch._functorch.aot_autograd import construct_fake_mode, process_inputs
+from torch._guards import TracingContext
+from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options, list_options
+from torch._inductor.compile_fx import compile_fx
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.fx.experimental.proxy_tensor import make_fx
+
+__all__ = [
+    "CustomGraphPass",
+    "FakeTensor",
+    "TracingContext",
+    "add_static_buffer",
+    "compile_fx",
+    "inductor_config",
+    "inductor_option_names",
+    "list_mode_options",
+    "qualified_name",
+    "trace_to_aten",
+    "unset_fake_temporarily",
+]
+
+
+def trace_to_aten(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """Trace `gm` to pre-dispatch ATen: `linear` and `scaled_dot_product_attention` stay whole.
+
+    The inputs are made fake the way AOTAutograd will make them fake afterwards, in the same fake mode
+    and shape environment, so that symbolic sizes stay the same symbols and no guard is added.
+    """
+    config = AOTConfig(
+        fw_compiler=None,
+        bw_compiler=None,
+        partition_fn=None,
+        decompositions={},
+        num_params_buffers=0,
+        aot_id=0,
+        keep_inference_input_mutations=True,
+        dynamic_shapes=True,
+    )
+    inputs = list(example_inputs)
+    fake_mode, shape_env = construct_fake_mode(inputs, config)
+    if any(True for _ in gm.parameters()):
+        # A graph module that still owns its parameters (`symbolic_trace`, `export`) mixes them in.
+        fake_mode.allow_non_fake_inputs = True
+    fake_inputs = process_inputs(inputs, config, fake_mode, shape_env)
+    # torch 2.13 returns (inputs, indices of async collectives), 2.11 the inputs alone
+    if isinstance(fake_inputs, tuple):
+        fake_inputs = fake_inputs[0]
+    with fake_mode, torch.no_grad():
+        return make_fx(gm, pre_dispatch=True)(*fake_inputs)
+
+
+def qualified_name(node: fx.Node) -> str | None:
+    """The qualified name of the parameter or buffer that a Dynamo placeholder stands for.
+
+    `L['self']._modules['lm_head']._parameters['weight']` becomes `lm_head.weight`.
+    """
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return None
+    # `name` is a property from torch 2.12 on, a method before
+    name = source.name() if callable(source.name) else source.name
+    if "_parameters" not in name and "_buffers" not in name:
+        return None
+    keys = [part.split("']")[0] for part in name.split("['")[1:]]
+    root = keys[0] if name.startswith("L[") else None
+    return ".".join(keys[1:] if root is not None else keys)
+
+
+def add_static_buffer(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> None:
+    """Register `tensor` on a Dynamo GraphModule so that Inductor treats it as it does a parameter.
+
+    A buffer without a recorded source is a dynamic input: CUDA graphs would copy it every step.
+    """
+    gm.register_buffer(name, tensor, persistent=False)
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is None:
+        sources = {}
+        gm._param_name_to_source = sources
+    sources[name] = GlobalSource(name)
+
+
+def inductor_option_names() -> set[str]:
+    """The names that Inductor accepts as options."""
+    return set(list_options())

@@ -1,0 +1,354 @@
+"""What calibration learnt: attached to a model's weights, saved to a folder, loaded again.
+
+A folder holds `predictors.safetensors` and `dejavu_config.json`; no pickle. Loading checks every site
+against the model and refuses a mismatch. (design: "artifact")
+"""
+
+import dataclasses
+import json
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dejavu_compile.passes.site import Policy, PredictorWeights
+
+from . import attachments
+from .attachments import Attachment, fingerprint
+from .batches import check_model
+from .errors import ArtifactError, ArtifactMismatchError
+from .evaluate import Evaluation
+from .predictors import Predictor, SiteMetrics, ThresholdCurve
+
+FORMAT_VERSION = 1
+CONFIG = "dejavu_config.json"
+TENSORS = "predictors.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class WeightLayout:
+    """A weight whose units have to be contiguous: `contracted` is the dim that its projection sums over."""
+
+    name: str
+    contracted: int
+    produces_units: bool
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteRecord:
+    """One site of an artifact. `source` names the site whose input the predictor reads."""
+
+    name: str
+    layer: int
+    units: int
+    policy: Policy
+    fingerprint: str
+    curve: ThresholdCurve
+    layouts: tuple[WeightLayout, ...] = ()
+    density: float = 1.0
+    predictor: Predictor | None = None
+    source: str | None = None
+    lookahead: int = 0
+    metrics: SiteMetrics | None = None
+
+    @property
+    def threshold(self) -> float:
+        """The score (or gate magnitude) above which a unit is selected, at this record's density."""
+        return self.curve.at(self.density)
+
+    def with_metrics(self, metrics: SiteMetrics) -> "SiteRecord":
+        """The record with what was measured on held-out tokens."""
+        return dataclasses.replace(self, metrics=metrics)
+
+    def with_exact_density(self, density: float) -> "SiteRecord":
+        """The share of units that the graph itself leaves nonzero."""
+        return dataclasses.replace(
+            self, density=density, metrics=SiteMetrics(density, 1.0, 1.0, 0.0)
+        )
+
+    def at_density(self, density: float) -> "SiteRecord":
+        """The record asked to keep another share of units; only where there is a threshold to move."""
+        if self.policy not in (Policy.PREDICT, Policy.GATE):
+            return self
+        return dataclasses.replace(self, density=density, metrics=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; predictors go to safetensors."""
+        return {
+            "name": self.name, "layer": self.layer, "units": self.units, "policy": str(self.policy),
+            "fingerprint": self.fingerprint, "density": self.density, "source": self.source,
+            "lookahead": self.lookahead, "threshold": _json_float(self.threshold),
+            "rank": self.predictor.rank if self.predictor is not None else 0,
+            "curve": {"densities": self.curve.densities,
+                      "thresholds": [_json_float(t) for t in self.curve.thresholds]},
+            "metrics": dataclasses.asdict(self.metrics) if self.metrics is not None else None,
+            "layouts": [dataclasses.asdict(layout) for layout in self.layouts],
+        }  # fmt: skip
+
+
+def _json_float(value: float) -> float | None:
+    """JSON has no infinity: None stands for -inf, a threshold that everything passes."""
+    return value if math.isfinite(value) else None
+
+
+def _from_json_float(value: float | None) -> float:
+    return -math.inf if value is None else value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibration:
+    """All sites of a model, what their thresholds are, and the quality that was measured."""
+
+    sites: tuple[SiteRecord, ...]
+    model_class: str
+    seed: int
+    data_hash: str
+    quality: Evaluation | None = None
+
+    @property
+    def density(self) -> float:
+        """Mean share of units kept, weighted by units, layers that stay dense counted in full."""
+        total = sum(s.units for s in self.sites)
+        kept = sum(
+            s.units * (s.metrics.density if s.metrics is not None else s.density) for s in self.sites
+        )
+        return kept / total if total else 1.0
+
+    def at_density(self, density: float) -> "Calibration":
+        """The same predictors with thresholds for another density; attach it with `.attach(model)`."""
+        return dataclasses.replace(
+            self, sites=tuple(s.at_density(density) for s in self.sites), quality=None
+        )
+
+    def with_sites(self, sites: Iterable[SiteRecord]) -> "Calibration":
+        """With other records."""
+        return dataclasses.replace(self, sites=tuple(sites))
+
+    def with_quality(self, quality: Evaluation) -> "Calibration":
+        """With a measured quality."""
+        return dataclasses.replace(self, quality=quality)
+
+    def attach(self, model: nn.Module) -> None:
+        """Attach to `model`: graphs that were compiled with its weights compile again."""
+        attach_calibration(model, self)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the artifact folder."""
+        folder = Path(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{site.name}.{part}": getattr(site.predictor, part).detach().cpu().contiguous()
+            for site in self.sites
+            if site.predictor is not None
+            for part in ("down", "up", "bias")
+        }
+        save_file(tensors, folder / TENSORS)
+        (folder / CONFIG).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "model_class": self.model_class,
+            "seed": self.seed,
+            "data_hash": self.data_hash,
+            "density": self.density,
+            "quality": self.quality.to_dict() if self.quality is not None else None,
+            "sites": [site.to_dict() for site in self.sites],
+        }
+
+    def __str__(self) -> str:
+        head = f"{'layer':>5}  {'policy':<8}{'rank':>5}{'density':>9}{'recall':>8}{'output error':>14}"
+        rows = [head]
+        for s in self.sites:
+            rank = s.predictor.rank if s.predictor is not None else 0
+            m = s.metrics
+            shown = (
+                f"{m.density:>9.3f}{m.recall:>8.3f}{m.output_error:>14.4f}"
+                if m is not None
+                else f"{s.density:>9.3f}{'':>8}{'':>14}"
+            )
+            rows.append(f"{s.layer:>5}  {s.policy:<8}{rank or '':>5}{shown}")
+        rows.append(f"mean density {self.density:.3f}")
+        if self.quality is not None:
+            rows.append(str(self.quality))
+        return "\n".join(rows)
+
+
+# --- attaching -------------------------------------------------------------------------------------
+
+
+def _weights(model: nn.Module, calibration: Calibration) -> dict[str, torch.Tensor]:
+    """The model's output-projection weights by name, checked against the records."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    found = {}
+    for site in calibration.sites:
+        weight = parameters.get(site.name)
+        if weight is None:
+            raise ArtifactMismatchError(
+                f"{type(model).__name__} has no weight {site.name}",
+                found=f"a {type(model).__name__} without it",
+                expected=f"a {calibration.model_class}",
+                fix="load it on the model that was calibrated, or calibrate this one",
+            )
+        if site.units not in weight.shape:
+            raise ArtifactMismatchError(
+                f"the artifact's {site.name} doesn't fit this model",
+                found=f"{site.units} units (from the artifact)",
+                expected=f"a weight of shape {tuple(weight.shape)} (from the model)",
+                fix="calibrate again with dv.calibrate(model, batches)",
+            )
+        found[site.name] = weight
+    return found
+
+
+def _check_fingerprints(weights: dict[str, torch.Tensor], calibration: Calibration) -> None:
+    for site in calibration.sites:
+        actual = fingerprint(weights[site.name])
+        if actual != site.fingerprint:
+            raise ArtifactMismatchError(
+                f"the artifact was made for other weights of {site.name}",
+                found=f"fingerprint {actual} (in the model)",
+                expected=f"fingerprint {site.fingerprint} (in the artifact)",
+                fix="load the checkpoint that was calibrated, or calibrate again",
+            )
+
+
+def _predictor_weights(site: SiteRecord, weight: torch.Tensor) -> PredictorWeights:
+    """The predictor on the model's device, with the threshold folded into its bias."""
+    predictor = site.predictor
+    threshold = site.threshold
+    # A finite stand-in for -inf: a bias of inf times nothing is fine, but inf - inf is not.
+    threshold = max(threshold, torch.finfo(torch.float32).min / 2)
+    return PredictorWeights(
+        down=predictor.down.to(weight.device, weight.dtype).contiguous(),
+        up=predictor.up.to(weight.device, weight.dtype).contiguous(),
+        bias=(predictor.bias.float() - threshold).to(weight.device).contiguous(),
+    )
+
+
+def attach_calibration(model: nn.Module, calibration: Calibration) -> None:
+    """Attach every site's record to its weight, and lay its weights out for gathering.
+
+    Raises ArtifactMismatchError where the model is another, or has other weights.
+    """
+    weights = _weights(model, calibration)
+    _check_fingerprints(weights, calibration)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for site in calibration.sites:
+        weight = weights[site.name]
+        for layout in site.layouts:
+            attachments.make_unit_major(
+                parameters[layout.name], layout.contracted, produces_units=layout.produces_units
+            )
+        sparse = site.policy in (Policy.PREDICT, Policy.GATE)
+        attachments.attach(
+            weight,
+            Attachment(
+                policy=site.policy,
+                density=site.metrics.density if site.metrics is not None else site.density,
+                fingerprint=site.fingerprint,
+                threshold=site.threshold if sparse else 0.0,
+                predictor=_predictor_weights(site, weight) if site.predictor is not None else None,
+                source=weakref.ref(weights[site.source]) if site.source is not None else None,
+                lookahead=site.lookahead,
+            ),
+        )
+
+
+def detach(model: nn.Module) -> int:
+    """Remove everything attached to `model`; it compiles lossless again. Returns how many sites had some."""
+    return sum(attachments.detach(p) for p in model.parameters())
+
+
+# --- loading ---------------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{folder} is not an artifact", found=f"no {CONFIG}", expected=f"{CONFIG} and {TENSORS}",
+            fix="save one with calibration.save_pretrained(path)",
+        ) from None  # fmt: skip
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is not readable JSON", found=str(error)) from None
+    version = config.get("format_version") if isinstance(config, dict) else None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} has a format that this version can't read", found=f"format version {version}",
+            expected=f"format version {FORMAT_VERSION}",
+            fix="update dejavu_compile, or calibrate again",
+        )  # fmt: skip
+    return config
+
+
+def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> SiteRecord:
+    name = config["name"]
+    predictor = None
+    if config["rank"]:
+        parts = {}
+        for part in ("down", "up", "bias"):
+            tensor = tensors.get(f"{name}.{part}")
+            if tensor is None:
+                raise ArtifactError(f"{path} lacks the predictor of {name}", expected=f"{name}.{part}")
+            if not tensor.isfinite().all():
+                raise ArtifactError(
+                    f"the predictor of {name} in {path} holds NaN or inf", fix="calibrate again"
+                )
+            parts[part] = tensor
+        predictor = Predictor(**parts)
+    curve = config["curve"]
+    metrics = config["metrics"]
+    return SiteRecord(
+        name=name, layer=config["layer"], units=config["units"], policy=Policy(config["policy"]),
+        fingerprint=config["fingerprint"], density=config["density"], source=config["source"],
+        lookahead=config["lookahead"], predictor=predictor,
+        metrics=SiteMetrics(**metrics) if metrics else None,
+        layouts=tuple(WeightLayout(**layout) for layout in config["layouts"]),
+        curve=ThresholdCurve(tuple(curve["densities"]),
+                             tuple(_from_json_float(t) for t in curve["thresholds"])),
+    )  # fmt: skip
+
+
+def read(path: str | Path) -> Calibration:
+    """Read an artifact folder without a model. Raises ArtifactError if it can't be read."""
+    folder = Path(path)
+    config = _read_config(folder)
+    try:
+        tensors = load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(
+            f"{folder / TENSORS} can't be read", found=str(error), fix="save or copy the artifact again"
+        ) from None
+    try:
+        sites = tuple(_site_from(site, tensors, folder / TENSORS) for site in config["sites"])
+        quality = config["quality"]
+        if quality is not None:
+            quality = Evaluation(**{f.name: quality[f.name] for f in dataclasses.fields(Evaluation)})
+        return Calibration(sites, config["model_class"], config["seed"], config["data_hash"], quality)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"{folder / CONFIG} is incomplete", found=f"no usable {error}", fix="calibrate again"
+        ) from None
+
+
+def load(model: nn.Module, path: str | Path) -> Calibration:
+    """Read an artifact folder and attach it to `model`.
+
+    Raises ArtifactError (unreadable, truncated, newer format, NaN), ArtifactMismatchError (another model
+    or other weights) and ModelStateError (training mode, offloaded).
+    """
+    check_model(model, "load an artifact onto")
+    calibration = read(path)
+    attach_calibration(model, calibration)
+    return calibration

@@ -1,0 +1,107 @@
+"""Which predictor or threshold belongs to which weight, by the identity of the weight.
+
+A site is known by its output projection's parameter: the same object that the compiler sees. So nothing
+has to be passed through `torch.compile`, and two models in one process don't disturb each other.
+"""
+
+import hashlib
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from dejavu_compile.passes.site import Policy, PredictorWeights
+
+_attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_compiled: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+FINGERPRINT_SAMPLES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """What calibration decided for one site.
+
+    `source` is the output weight of the site whose input the predictor reads, `lookahead` layers
+    earlier: the one declared edge. `fingerprint` is that of the site's output weight.
+    """
+
+    policy: Policy
+    density: float
+    fingerprint: str
+    threshold: float = 0.0
+    predictor: PredictorWeights | None = None
+    source: weakref.ref | None = None
+    lookahead: int = 0
+
+
+def attach(weight: torch.Tensor, attachment: Attachment) -> None:
+    """Attach, and make graphs that were compiled with this weight compile again."""
+    _attached[weight] = attachment
+    invalidate([weight])
+
+
+def detach(weight: torch.Tensor) -> bool:
+    """Remove what is attached to `weight`; False if nothing was."""
+    if weight not in _attached:
+        return False
+    del _attached[weight]
+    invalidate([weight])
+    return True
+
+
+def attached(weight: torch.Tensor) -> Attachment | None:
+    """What is attached to `weight`."""
+    return _attached.get(weight)
+
+
+def note_compiled(weights: Iterable[torch.Tensor]) -> None:
+    """Remember that a compiled graph has decisions about these weights built in."""
+    for weight in weights:
+        _compiled[weight] = True
+
+
+def invalidate(weights: Iterable[torch.Tensor]) -> None:
+    """Drop compiled graphs if one of them was built with one of these weights."""
+    if any(weight in _compiled for weight in weights):
+        _compiled.clear()
+        torch.compiler.reset()
+
+
+def fingerprint(weight: torch.Tensor) -> str:
+    """A digest of shape, dtype and evenly spaced elements, independent of strides and of the device.
+
+    It reads FINGERPRINT_SAMPLES elements a row block, so that it costs nothing at compile time; another
+    checkpoint, a merge or a step of training changes it.
+    """
+    rows = max(1, min(weight.shape[0], FINGERPRINT_SAMPLES // 16))
+    columns = max(1, min(weight.shape[1], FINGERPRINT_SAMPLES // rows))
+    row_ids = torch.linspace(0, weight.shape[0] - 1, rows).long().to(weight.device)
+    column_ids = torch.linspace(0, weight.shape[1] - 1, columns).long().to(weight.device)
+    sample = weight.detach()[row_ids[:, None], column_ids[None, :]].float().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
+    digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def is_unit_major(weight: torch.Tensor, contracted: int, *, produces_units: bool) -> bool:
+    """Each unit's row (of a projection into the units) or column (out of them) is contiguous.
+
+    `contracted` is the dim of `weight` that the projection sums over.
+    """
+    contiguous_dim = contracted if produces_units else 1 - contracted
+    return weight.stride(contiguous_dim) == 1 or weight.shape[contiguous_dim] == 1
+
+
+def make_unit_major(weight: torch.Tensor, contracted: int, *, produces_units: bool) -> None:
+    """Change the strides of a parameter in place: same values, shape and object, no second copy.
+
+    One weight at a time is held twice while it is copied. `state_dict` and `save_pretrained` see the
+    same tensor as before. (design: "weights")
+    """
+    if is_unit_major(weight, contracted, produces_units=produces_units):
+        return
+    with torch.no_grad():
+        weight.data = weight.data.t().contiguous().t()

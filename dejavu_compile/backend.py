@@ -1,0 +1,197 @@
+"""The backends `dejavu` and `dejavu_eager`: the pipeline, as one visible list.
+
+    capture (Dynamo) -> normalize -> find sites -> plan -> rewrite -> schedule -> Inductor
+"""
+
+import hashlib
+import logging
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+import dejavu_compile.kernels
+import dejavu_compile.passes
+from dejavu_compile.passes.find_sites import find_sites, resolve
+from dejavu_compile.passes.normalize import normalize
+from dejavu_compile.passes.rewrite import rewrite
+from dejavu_compile.passes.schedule import schedule
+from dejavu_compile.passes.site import Found
+
+from ._compat import CustomGraphPass, compile_fx, inductor_option_names, unset_fake_temporarily
+from .attachments import make_unit_major, note_compiled
+from .dump import Dump
+from .errors import OptionError
+from .options import Options, split_options
+from .plan import Plan, Relayout, make_plan
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A graph module after our passes, with what they found and decided."""
+
+    found: Found
+    plan: Plan
+    relayout: tuple[tuple[int, Relayout], ...]
+
+
+def prepare(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Prepared:
+    """Run our passes on `gm`, in place. Without a sparse site the graph is left as it was."""
+    dump = Dump(options.dump)
+    dump.graph("capture", gm)
+    normalized = normalize(gm, example_inputs)
+    dump.graph("normalize", gm)
+    found = find_sites(gm)
+    inputs = dict(
+        zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs, strict=True)
+    )
+    with unset_fake_temporarily():
+        plan = make_plan(found, lambda node: resolve(gm, node, inputs), options)
+        note_compiled(resolve(gm, site.output.weight, inputs) for site in found.sites)
+    if plan.num_sparse:
+        rewritten = rewrite(gm, plan.decisions)
+        dump.graph("rewrite", gm)
+        schedule(gm, rewritten.selects, options.issue)
+        dump.graph("schedule", gm)
+    else:
+        normalized.restore()
+    log.info("%d sites sparse, %d dense", plan.num_sparse, len(plan.sites) - plan.num_sparse)
+    for site_plan in plan.sites:
+        log.debug("%s: %s (%s)", site_plan.site.name, site_plan.decision.policy, site_plan.reason)
+    position = {node: i for i, node in enumerate(inputs)}
+    relayout = tuple((position[r.weight], r) for r in plan.relayout if r.weight in position)
+    return Prepared(found, plan, relayout)
+
+
+_warned_of_grad = False
+
+
+def _needs_grad(example_inputs: Sequence[Any]) -> bool:
+    """Autograd would record through this graph: it is compiled dense, with one warning."""
+    global _warned_of_grad
+    if not torch.is_grad_enabled():
+        return False
+    if not any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs):
+        return False
+    if not _warned_of_grad:
+        _warned_of_grad = True
+        warnings.warn(
+            "dejavu: gradients are enabled and parameters require them, so this graph is compiled dense. "
+            "Run under torch.no_grad() or torch.inference_mode() to make it sparse.",
+            stacklevel=2,
+        )
+    return True
+
+
+def _relayout_after_first_call(compiled: Compiled, relayout: tuple) -> Compiled:
+    """Change the strides of the parameters that `exact` needs, once, after the first call.
+
+    Dynamo has just recorded them, so they can't change while the backend runs. Its guard then fails
+    once, and the second compile finds the columns contiguous. (facts: trap 17)
+    """
+    if not relayout:
+        return compiled
+    pending = list(relayout)
+
+    def call(*args: Any) -> Any:
+        result = compiled(*args)
+        while pending:
+            position, layout = pending.pop()
+            make_unit_major(args[position], layout.contracted, produces_units=layout.produces_units)
+        return result
+
+    return call
+
+
+class _CacheKey(CustomGraphPass):
+    """Puts our options and sources into the key of torch's on-disk caches; changes no graph.
+
+    Without it the caches answer with code from before an edit of a kernel's body. (facts: trap 10)
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Leave the graph alone."""
+
+    def uuid(self) -> str:
+        """Digest of the options and of every source file of passes/ and kernels/."""
+        return f"{_sources_digest()} {self.options}"
+
+
+@cache
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for package in (dejavu_compile.passes, dejavu_compile.kernels):
+        for file in sorted(Path(package.__file__).parent.glob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _inductor_config(options: Options, inductor: dict[str, Any]) -> dict[str, Any]:
+    """The user's Inductor options with what our graph needs."""
+    known = inductor_option_names()
+    for key in inductor:
+        if key.replace("-", "_") not in known:
+            raise OptionError(
+                f"unknown option {key!r}",
+                expected="an option of dejavu (dejavu.execution, ...) or of Inductor",
+                fix="torch._inductor.list_options() lists Inductor's",
+            )
+    slot = "post_grad_custom_post_pass"
+    if inductor.get(slot) is not None:
+        slot = "post_grad_custom_pre_pass"
+    # Inductor would sink a predictor to just before its site, and undo the lookahead. (facts: trap 6)
+    ordering = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+    return {**ordering, **inductor, slot: _CacheKey(options)}
+
+
+def dejavu(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Compiled:
+    """`torch.compile(model, backend="dejavu")`: sparse where proven or calibrated, then Inductor.
+
+    `mode` and `options` are those of `torch.compile`; our own options begin with `dejavu.` (see
+    `dejavu_compile.options.Options`). Raises OptionError for options that don't exist, and
+    ArtifactMismatchError if calibrated weights have changed since.
+    """
+    own, inductor = split_options(mode, options)
+    patches = _inductor_config(own, inductor)
+    if _needs_grad(example_inputs):
+        return compile_fx(gm, example_inputs, config_patches=inductor or None)
+    prepared = prepare(gm, example_inputs, own)
+    if not prepared.plan.num_sparse:
+        patches = inductor
+    compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
+    return _relayout_after_first_call(compiled, prepared.relayout)
+
+
+def dejavu_eager(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Compiled:
+    """Everything but Inductor: the rewritten graph, run eagerly. For tests and for bisecting."""
+    own, _ = split_options(mode, options)
+    if _needs_grad(example_inputs):
+        return gm.forward
+    prepared = prepare(gm, example_inputs, own)
+    return _relayout_after_first_call(gm.forward, prepared.relayout)

@@ -1,0 +1,311 @@
+"""Fit predictors and thresholds for a model on text, and attach them to its weights.
+
+collect -> fit (all layers together) -> thresholds on held-out tokens -> density to a quality budget
+"""
+
+import dataclasses
+import hashlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from dejavu_compile.passes.site import Policy
+
+from .artifact import Calibration, SiteRecord, WeightLayout, attach_calibration
+from .attachments import fingerprint
+from .batches import Batch, check_batches, check_model
+from .collect import Recording, collect
+from .errors import CalibrationError, OptionError
+from .evaluate import compare, masked
+from .plan import gathered_layouts
+from .predictors import (
+    DENSITY_GRID,
+    Predictor,
+    SiteExamples,
+    ThresholdCurve,
+    fit_predictors,
+    measure,
+    rank_for_budget,
+    threshold_curve,
+)
+
+log = logging.getLogger(__name__)
+
+PREDICTOR_BUDGET = 0.05
+MAX_TOKENS = 200_000
+HELD_OUT = 0.15
+
+Progress = Callable[[str, int, int], None]
+
+
+class _Bars:
+    """Progress bars, one a stage."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled, self._bar, self._stage = enabled, None, None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if not self._enabled:
+            return
+        if stage != self._stage:
+            self.close()
+            self._stage, self._bar = stage, tqdm(total=total, desc=stage, leave=False)
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._stage = None, None
+
+
+def _output_norms(record: Recording) -> torch.Tensor:
+    """Norm of each unit's column of the output projection, [units] fp32."""
+    weight = record.weight.detach()
+    return weight.float().norm(dim=1 - record.site.output.contracted)
+
+
+def _out_columns(record: Recording) -> torch.Tensor:
+    """The output weight as [output width, units]."""
+    weight = record.weight.detach()
+    return weight if record.site.output.contracted == 1 else weight.t()
+
+
+def _choose(policy: str, record: Recording, source: Recording | None, rank: int) -> Policy:
+    """The policy of one site: `auto` prefers what skips most of the site's bytes."""
+    site = record.site
+    can_predict = source is not None and rank > 0
+    fallback = Policy.EXACT if site.exact is not None else Policy.DENSE
+    if policy == "dense":
+        return Policy.DENSE
+    if policy == "exact":
+        return fallback
+    if policy == "gate":
+        return Policy.GATE if site.gate is not None else Policy.DENSE
+    if policy == "predict":
+        return Policy.PREDICT if can_predict else fallback
+    # Without exact zeros a low-rank guess of |activation| is worse than the gate itself (docs/predictors).
+    if site.exact is None and site.gate is not None and len(site.row_leaves) > 1:
+        return Policy.GATE
+    return Policy.PREDICT if can_predict else fallback
+
+
+def _examples(record: Recording, source: Recording) -> SiteExamples:
+    return SiteExamples(source.stacked("source"), record.stacked("hidden"), _output_norms(record))
+
+
+def _carrier(record: Recording) -> torch.Tensor:
+    return record.stacked("carrier" if record.carrier else "hidden").abs()
+
+
+def _rank(record: Recording, source: Recording) -> int:
+    width = source.source[0].shape[1]
+    return rank_for_budget(
+        record.site.bytes_dense, width, record.site.units, record.weight.element_size(), PREDICTOR_BUDGET
+    )
+
+
+def _held_out(values: torch.Tensor) -> torch.Tensor:
+    return values[len(values) - max(1, round(len(values) * HELD_OUT)) :]
+
+
+def _record(recording: Recording, policy: Policy, curve: ThresholdCurve) -> SiteRecord:
+    site = recording.site
+    layouts = () if policy is Policy.DENSE else tuple(
+        WeightLayout(layout.name, layout.contracted, layout.produces_units)
+        for layout in gathered_layouts(site, policy)
+    )  # fmt: skip
+    return SiteRecord(
+        name=site.name, layer=site.layer, units=site.units, policy=policy,
+        fingerprint=fingerprint(recording.weight), curve=curve, layouts=layouts,
+    )  # fmt: skip
+
+
+def _fit(
+    jobs: Sequence[tuple[Recording, Recording, int]], lookahead: int, seed: int, progress: Progress
+) -> list[SiteRecord]:
+    """Predictors for (site, source site, rank), all trained together."""
+    examples = [_examples(record, source) for record, source, _ in jobs]
+    split = [e.split(HELD_OUT) for e in examples]
+    fitted = fit_predictors(
+        [fit for fit, _ in split], [rank for *_, rank in jobs], seed=seed, progress=progress
+    )
+    records = []
+    for (record, source, _), (_, held_out), predictor in zip(jobs, split, fitted, strict=True):
+        stored = predictor.cast(record.weight.dtype)
+        curve = threshold_curve(stored.score(held_out.source))
+        records.append(
+            dataclasses.replace(
+                _record(record, Policy.PREDICT, curve),
+                predictor=stored,
+                source=source.site.name,
+                lookahead=lookahead,
+            )
+        )
+    return records
+
+
+def _measured(record: SiteRecord, recording: Recording, source: Recording | None) -> SiteRecord:
+    """`record` with what its threshold does on held-out tokens."""
+    weight = _out_columns(recording)
+    if record.policy is Policy.PREDICT:
+        _, held_out = _examples(recording, source).split(HELD_OUT)
+        metrics = measure(record.predictor, record.threshold, held_out, weight)
+        return record.with_metrics(metrics)
+    if record.policy is Policy.GATE:
+        # The same bookkeeping with the carrier's magnitude for a score.
+        hidden = recording.stacked("hidden")
+        examples = SiteExamples(_carrier(recording), hidden, _output_norms(recording))
+        _, held_out = examples.split(HELD_OUT)
+        return record.with_metrics(measure(_Magnitude(), record.threshold, held_out, weight))
+    if record.policy is Policy.EXACT:
+        hidden = _held_out(recording.stacked("hidden"))
+        return record.with_exact_density((hidden != 0).float().mean().item())
+    return record
+
+
+class _Magnitude(Predictor):
+    """A score that is given: the gate's own magnitude."""
+
+    def __init__(self) -> None:
+        empty = torch.empty(0)
+        super().__init__(empty, empty, empty)
+
+    def score(self, source: torch.Tensor) -> torch.Tensor:
+        """The source itself."""
+        return source.float()
+
+
+def _data_hash(batches: Sequence[Batch]) -> str:
+    digest = hashlib.sha256()
+    for batch in batches:
+        digest.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _to_budget(
+    model: nn.Module, calibration: Calibration, batches: list[Batch], budget: float, progress: Progress
+) -> Calibration:
+    """The lowest density of the grid that keeps perplexity within `budget` of dense, by bisection.
+
+    Perplexity falls with density but for noise; the chosen density itself was measured, never inferred.
+    """
+    sparse = masked(model)
+    low, high = 0, len(DENSITY_GRID)  # the answer is in grid[low:high], or nowhere
+    best, step, steps = None, 0, math.ceil(math.log2(len(DENSITY_GRID) + 1))
+    while low < high:
+        middle = (low + high) // 2
+        candidate = calibration.at_density(DENSITY_GRID[middle])
+        attach_calibration(model, candidate)
+        quality = compare(model, batches, sparse)
+        step += 1
+        progress("budget", min(step, steps), steps)
+        log.info("density %.2f: %s", DENSITY_GRID[middle], quality)
+        if quality.perplexity_increase <= budget:
+            best, high = candidate.with_quality(quality), middle
+        else:
+            low = middle + 1
+    if best is None:
+        raise CalibrationError(
+            f"no density keeps perplexity within {budget:.2%} of dense",
+            found=f"{quality.perplexity_increase:+.2%} at density {DENSITY_GRID[-1]}",
+            fix="raise max_ppl_increase, calibrate on more text, or give density=",
+        )
+    return best
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]],
+    *,
+    policy: str = "auto",
+    max_ppl_increase: float = 0.01,
+    density: float | None = None,
+    lookahead: int = 1,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Fit predictors and thresholds for every site of `model`, and attach them.
+
+    batches: iterable of `input_ids` [B, T], or of dicts of model inputs; the last sixth of the batches
+    is kept for measuring quality where there are at least two. policy: "auto", "predict", "gate", "exact"
+    or "dense". density: the share of units to keep, in (0, 1]; without it the lowest density whose
+    perplexity stays within `max_ppl_increase` of dense. lookahead: how many layers before its site a
+    predictor reads its source, at least 1.
+
+    The result is attached: `model.compile(backend="dejavu")` uses it from the next call on.
+    Raises CalibrationError, ModelStateError and OptionError with what to do.
+    """
+    policies = ("auto", *(str(p) for p in Policy))
+    if policy not in policies:
+        raise OptionError(f"unknown policy {policy!r}", expected=f"one of {', '.join(policies)}")
+    if density is not None and not 0 < density <= 1:
+        raise OptionError("density is out of range", found=str(density), expected="0 < density <= 1")
+    if lookahead < 1:
+        raise OptionError("lookahead is out of range", found=str(lookahead), expected="at least 1 layer")
+    check_model(model, "calibrate")
+    checked = check_batches(model, batches)
+    held = max(1, len(checked) // 6) if len(checked) > 1 else 0
+    learn, judge = (checked[:-held], checked[-held:]) if held else (checked, checked)
+    if not held:
+        log.warning("calibrating on a single batch: quality is measured on the text that was learnt from")
+    bars = _Bars(progress)
+    try:
+        recordings = collect(model, learn, max_tokens=MAX_TOKENS, progress=bars)
+        records = _records(recordings, policy, lookahead, seed, bars)
+        calibration = Calibration(
+            sites=tuple(records), model_class=type(model).__name__, seed=seed,
+            data_hash=_data_hash(checked),
+        ).at_density(density if density is not None else DENSITY_GRID[-1])  # fmt: skip
+        if density is None and any(r.policy in (Policy.PREDICT, Policy.GATE) for r in records):
+            calibration = _to_budget(model, calibration, judge, max_ppl_increase, bars)
+        calibration = _with_metrics(calibration, recordings)
+        attach_calibration(model, calibration)
+        if calibration.quality is None:
+            calibration = calibration.with_quality(compare(model, judge, masked(model)))
+    finally:
+        bars.close()
+    return calibration
+
+
+def _sources(recordings: Sequence[Recording], lookahead: int) -> list[Recording | None]:
+    """The site that each site's predictor reads the input of: `lookahead` sites earlier."""
+    return [recordings[i - lookahead] if i >= lookahead else None for i in range(len(recordings))]
+
+
+def _records(
+    recordings: Sequence[Recording], policy: str, lookahead: int, seed: int, progress: Progress
+) -> list[SiteRecord]:
+    sources = _sources(recordings, lookahead)
+    ranks = [_rank(r, s) if s else 0 for r, s in zip(recordings, sources, strict=True)]
+    chosen = [
+        _choose(policy, r, s, rank) for r, s, rank in zip(recordings, sources, ranks, strict=True)
+    ]
+    jobs = [i for i, c in enumerate(chosen) if c is Policy.PREDICT]
+    fitted = dict(
+        zip(jobs, _fit([(recordings[i], sources[i], ranks[i]) for i in jobs], lookahead, seed, progress),
+            strict=True)
+    )  # fmt: skip
+    records = []
+    for i, recording in enumerate(recordings):
+        if chosen[i] is Policy.PREDICT:
+            records.append(fitted[i])
+        elif chosen[i] is Policy.GATE:
+            curve = threshold_curve(_held_out(_carrier(recording)))
+            records.append(_record(recording, Policy.GATE, curve))
+        else:
+            records.append(_record(recording, chosen[i], ThresholdCurve((1.0,), (-math.inf,))))
+    return records
+
+
+def _with_metrics(calibration: Calibration, recordings: Sequence[Recording]) -> Calibration:
+    by_name = {r.site.name: r for r in recordings}
+    return calibration.with_sites(
+        _measured(record, by_name[record.name], by_name.get(record.source))
+        for record in calibration.sites
+    )
+
+

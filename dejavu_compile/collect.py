@@ -1,0 +1,135 @@
+"""Record what each site does on real text, through the same graph that is rewritten later."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dejavu_compile.passes.find_sites import find_sites, resolve
+from dejavu_compile.passes.normalize import normalize
+from dejavu_compile.passes.site import Site
+
+from ._compat import unset_fake_temporarily
+from .batches import Batch, call_kwargs, counted
+from .errors import CalibrationError
+
+# Bytes of recorded activations to hold at most: tokens are cut to fit, evenly over all sites.
+MEMORY_BUDGET = 4 << 30
+
+
+@dataclass(slots=True)
+class Recording:
+    """One site's tokens: `source` is the input of its projections, `hidden` that of its output projection.
+
+    `carrier` is what `gate` would threshold; None where that is `hidden` itself.
+    """
+
+    site: Site
+    weight: torch.Tensor
+    source: list[torch.Tensor] = field(default_factory=list)
+    hidden: list[torch.Tensor] = field(default_factory=list)
+    carrier: list[torch.Tensor] = field(default_factory=list)
+
+    def stacked(self, which: str) -> torch.Tensor:
+        """All recorded tokens of one value, [tokens, width]."""
+        return torch.cat(getattr(self, which))
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a normalised graph eagerly and hands over the values that were asked for."""
+
+    def __init__(self, gm: fx.GraphModule, wanted: dict[fx.Node, Callable[[torch.Tensor], None]]) -> None:
+        super().__init__(gm)
+        self._wanted = wanted
+
+    def run_node(self, node: fx.Node) -> Any:
+        """Run one node."""
+        value = super().run_node(node)
+        if node in self._wanted:
+            self._wanted[node](value)
+        return value
+
+
+class Collector:
+    """A `torch.compile` backend that records sites in graph order, keyed by their output weight."""
+
+    def __init__(self) -> None:
+        self.recordings: dict[int, Recording] = {}
+        self.keep: torch.Tensor | None = None  # mask over this batch's tokens
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        """Find the sites of a captured graph; the result records them at each call."""
+        normalize(gm, example_inputs)
+        inputs = dict(
+            zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs, strict=True)
+        )
+        wanted: dict[fx.Node, list[Callable[[torch.Tensor], None]]] = {}
+        for site in find_sites(gm).sites:
+            with unset_fake_temporarily():
+                weight = resolve(gm, site.output.weight, inputs)
+            record = self.recordings.setdefault(id(weight), Recording(site, weight))
+            wanted.setdefault(site.input, []).append(self._into(record.source))
+            wanted.setdefault(site.hidden, []).append(self._into(record.hidden))
+            if site.gate is not None and site.gate.node is not site.hidden:
+                wanted.setdefault(site.gate.node, []).append(self._into(record.carrier))
+
+        def hand_over(takers: list) -> Callable[[torch.Tensor], None]:
+            return lambda value: [take(value) for take in takers] and None
+
+        recorder = _Recorder(gm, {node: hand_over(takers) for node, takers in wanted.items()})
+
+        def run(*args: Any) -> Any:
+            # Placeholders that are attributes of the module are looked up by the interpreter itself.
+            return recorder.run(*args)
+
+        return run
+
+    def _into(self, values: list[torch.Tensor]) -> Callable[[torch.Tensor], None]:
+        def take(value: torch.Tensor) -> None:
+            values.append(value.detach().reshape(-1, value.shape[-1])[self.keep].clone())
+
+        return take
+
+
+def collect(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    *,
+    max_tokens: int,
+    progress: Callable[[str, int, int], None],
+) -> list[Recording]:
+    """Run `batches` and record every site, in graph order, until `max_tokens` tokens a site.
+
+    Raises CalibrationError if the model has no site, or a site with NaN or inf (named).
+    """
+    collector = Collector()
+    run = torch.compile(model.forward, backend=collector)
+    tokens = 0
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            collector.keep = counted(batch).flatten()
+            run(**call_kwargs(model, batch))
+            tokens += int(collector.keep.sum())
+            progress("collect", number + 1, len(batches))
+            if not collector.recordings:
+                raise CalibrationError(
+                    f"no site was found in {type(model).__name__}",
+                    expected="an MLP whose hidden units a projection contracts",
+                    fix="dv.explain(model, input_ids) says why each projection stays dense",
+                )
+            per_token = sum(
+                sum(v[0].shape[1] * v[0].element_size() for v in (r.source, r.hidden, r.carrier) if v)
+                for r in collector.recordings.values()
+            )
+            if tokens >= min(max_tokens, MEMORY_BUDGET // per_token):
+                progress("collect", len(batches), len(batches))
+                break
+    for record in collector.recordings.values():
+        if not all(value.isfinite().all() for value in record.hidden):
+            raise CalibrationError(
+                f"{record.site.name} sees NaN or inf on the calibration text",
+                fix="check that the dense model is sound on it, e.g. in a wider dtype",
+            )
+    return list(collector.recordings.values())

@@ -1,0 +1,115 @@
+"""What was done to a model, and why not more."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from dejavu_compile.passes.site import Found
+
+from .backend import prepare
+from .options import Options
+from .plan import Plan, SitePlan
+
+
+@dataclass(frozen=True, slots=True)
+class SiteReport:
+    """One site. Bytes are weights read a decode step; `density` is NaN where nothing was measured."""
+
+    name: str
+    kind: str
+    layer: int
+    units: int
+    policy: str
+    density: float
+    reason: str
+    bytes_dense: int
+    bytes_sparse: int
+    break_even: float
+
+
+@dataclass(frozen=True, slots=True)
+class UnmatchedReport:
+    """A projection that is in no site, and why."""
+
+    name: str
+    reason: str
+    bytes_dense: int
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Every projection of the graphs that one call of the model compiles to."""
+
+    sites: list[SiteReport] = field(default_factory=list)
+    unmatched: list[UnmatchedReport] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON (NaN as None)."""
+        sites = [
+            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(s).items()}
+            for s in self.sites
+        ]
+        return {"sites": sites, "unmatched": [asdict(u) for u in self.unmatched]}
+
+    def __str__(self) -> str:
+        rows = [("site", "kind", "units", "policy", "density", "break-even", "MB dense", "MB sparse", "why")]
+        for s in self.sites:
+            density = "" if math.isnan(s.density) else f"{s.density:.2f}"
+            rows.append(
+                (s.name, s.kind, str(s.units), s.policy, density, f"{s.break_even:.2f}",
+                 f"{s.bytes_dense / 1e6:.2f}", f"{s.bytes_sparse / 1e6:.2f}", s.reason)
+            )  # fmt: skip
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+        if self.unmatched:
+            width = max(len(u.name) for u in self.unmatched)
+            lines += ["", "dense projections"]
+            lines += [f"  {u.name.ljust(width)}  {u.reason}" for u in self.unmatched]
+        return "\n".join(lines)
+
+
+def _site_report(plan: SitePlan) -> SiteReport:
+    site, policy = plan.site, plan.decision.policy
+    # Without a measurement the sparse bytes are those at full density: nothing is promised.
+    density = 1.0 if math.isnan(plan.density) else plan.density
+    shown = plan.wanted if plan.wanted is not None else policy
+    return SiteReport(
+        name=site.name, kind=str(site.kind), layer=site.layer, units=site.units, policy=str(policy),
+        density=plan.density, reason=plan.reason, bytes_dense=site.bytes_dense,
+        bytes_sparse=round(plan.cost.bytes(policy, density)),
+        break_even=plan.cost.break_even(shown),
+    )  # fmt: skip
+
+
+class _Explainer:
+    """A `torch.compile` backend that keeps plans and runs the graph as it was."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.seen: list[tuple[Found, Plan]] = []
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+        prepared = prepare(gm, example_inputs, self.options)
+        self.seen.append((prepared.found, prepared.plan))
+        return gm.forward
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
+    """Compile one call `model(*args, **kwargs)` and report every projection of it.
+
+    Policies are those of a decode step: give inputs of one token, or any input to see the structure.
+    """
+    explainer = _Explainer(Options())
+    with torch.no_grad():
+        torch.compile(model.forward, backend=explainer)(*args, **kwargs)
+    report = Report()
+    for found, plan in explainer.seen:
+        report.sites.extend(_site_report(site) for site in plan.sites)
+        report.unmatched.extend(
+            UnmatchedReport(u.projection.name, u.reason, u.projection.num_bytes) for u in found.unmatched
+        )
+    return report

@@ -1,0 +1,194 @@
+"""Decide a policy for every site of a graph: the artifact, the graph's own proof, and the cost."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from dejavu_compile.passes.site import Decision, Execution, Found, Policy, Projection, Site
+
+from .attachments import Attachment, attached, fingerprint, is_unit_major
+from .cost import SiteCost, cost_of
+from .errors import ArtifactMismatchError
+from .options import ExecutionMode, Options
+
+Resolve = Callable[[fx.Node], torch.Tensor]
+
+# The widest selection that the kernels take: beyond it the graph is a prefill.
+KERNEL_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Relayout:
+    """How a weight has to lie, so that each unit's row or column is contiguous."""
+
+    name: str
+    weight: fx.Node
+    contracted: int
+    produces_units: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """A decision with what led to it. `density` is NaN where nothing was measured."""
+
+    decision: Decision
+    reason: str
+    density: float
+    cost: SiteCost
+    wanted: Policy | None = None  # the policy that was considered, where it stayed dense
+
+    @property
+    def site(self) -> Site:
+        """The site decided about."""
+        return self.decision.site
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One decision a site, in graph order; `relayout` would make more sites sparse on a next compile."""
+
+    sites: tuple[SitePlan, ...]
+    relayout: tuple[Relayout, ...]
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """What the rewrite carries out."""
+        return tuple(s.decision for s in self.sites)
+
+    @property
+    def num_sparse(self) -> int:
+        """Sites that are not dense."""
+        return sum(d.policy is not Policy.DENSE for d in self.decisions)
+
+
+class _StayDenseError(Exception):
+    """Ends the decision about one site with a reason. Never leaves this module."""
+
+
+def _layouts(site: Site) -> list[Relayout]:
+    """How each weight of a site has to lie for the kernels."""
+    rows = [Relayout(p.name, p.weight, p.contracted, True) for p in _row_projections(site)]
+    return [*rows, Relayout(site.name, site.output.weight, site.output.contracted, False)]
+
+
+def _row_projections(site: Site) -> list[Projection]:
+    return list({leaf.projection.node: leaf.projection for leaf in site.row_leaves}.values())
+
+
+def gathered_layouts(site: Site, policy: Policy) -> list[Relayout]:
+    """The layouts that `policy` (not dense) needs: a carrier's own projections are read whole, as they lie."""
+    if policy is Policy.PREDICT:
+        return _layouts(site)
+    carrier = site.exact if policy is Policy.EXACT else site.gate
+    whole = {leaf.projection.weight for leaf in site.row_leaves if leaf.node in carrier.needs}
+    return [layout for layout in _layouts(site) if layout.weight not in whole]
+
+
+def _check_fingerprint(site: Site, attachment: Attachment, weight: torch.Tensor) -> None:
+    found = fingerprint(weight)
+    if found != attachment.fingerprint:
+        raise ArtifactMismatchError(
+            f"the weights of {site.name} changed after calibration",
+            found=f"fingerprint {found}",
+            expected=f"fingerprint {attachment.fingerprint} (when it was calibrated)",
+            fix="calibrate again with dv.calibrate(model, batches), or dv.detach(model) to run lossless",
+        )
+
+
+def _source(attachment: Attachment, site: Site, sites: dict[torch.Tensor, Site]) -> fx.Node:
+    """The node of the declared source edge, in this graph."""
+    weight = attachment.source() if attachment.source is not None else None
+    origin = next((s for w, s in sites.items() if w is weight), None)
+    if origin is None:
+        raise _StayDenseError("the site that its predictor reads is not in the same graph")
+    width = origin.input.meta["val"].shape[-1]
+    expected = attachment.predictor.down.shape[1]
+    if width != expected:
+        raise _StayDenseError(f"its source is {width} wide here, its predictor {expected}")
+    if not origin.input < site.output.node:
+        raise _StayDenseError("its source comes after it in this graph")
+    return origin.input
+
+
+def _policy(site: Site, attachment: Attachment | None, options: Options) -> tuple[Policy, str]:
+    if attachment is not None:
+        return attachment.policy, "calibrated"
+    if options.execution is ExecutionMode.MASKED:
+        raise _StayDenseError("nothing is attached")
+    if site.exact is not None and options.exact:
+        return Policy.EXACT, f"{site.exact.node.target.__name__.split('.')[0]} leaves exact zeros"
+    if site.exact is not None:
+        raise _StayDenseError("option dejavu.exact is off")
+    raise _StayDenseError(
+        "no exact zeros in it and nothing attached: dv.calibrate(model, batches) would make it sparse"
+    )
+
+
+def _check_tokens(site: Site, options: Options) -> int:
+    tokens = site.num_tokens
+    if tokens is None:
+        raise _StayDenseError("the number of tokens is symbolic: prefill runs dense")
+    limit = min(options.max_tokens, KERNEL_TOKENS)
+    if tokens > limit:
+        raise _StayDenseError(f"{tokens} tokens a step are more than {limit}: prefill runs dense")
+    return tokens
+
+
+def _decide(
+    site: Site, options: Options, resolve: Resolve, sites: dict[torch.Tensor, Site]
+) -> tuple[SitePlan, list[Relayout]]:
+    weight = resolve(site.output.weight)
+    attachment = attached(weight)
+    predictor = attachment.predictor if attachment is not None else None
+    wanted: list[Relayout] = []
+    policy, density = Policy.DENSE, float("nan")
+    cost = cost_of(site, site.gate, predictor.num_bytes if predictor else 0)
+    try:
+        if options.execution is ExecutionMode.DENSE:
+            raise _StayDenseError("option dejavu.execution is 'dense'")
+        masked = options.execution is ExecutionMode.MASKED
+        tokens = 1 if masked else _check_tokens(site, options)
+        policy, reason = _policy(site, attachment, options)
+        if policy is Policy.DENSE:
+            raise _StayDenseError("calibration chose dense")
+        source = None
+        if attachment is not None:
+            density = attachment.density
+            _check_fingerprint(site, attachment, weight)
+            if policy is Policy.PREDICT:
+                source = _source(attachment, site, sites)
+            if not masked and cost.bytes(policy, density, tokens) >= cost.bytes(Policy.DENSE, 1.0):
+                raise _StayDenseError(f"at density {density:.2f} it would read more than dense does")
+        if not masked:
+            wanted = [
+                layout
+                for layout in gathered_layouts(site, policy)
+                if not is_unit_major(
+                    resolve(layout.weight), layout.contracted, produces_units=layout.produces_units
+                )
+            ]
+            if wanted:
+                raise _StayDenseError("its columns become contiguous after this first step")
+        decision = Decision(
+            site, policy, Execution.MASKED if masked else Execution.GATHERED, source, predictor,
+            attachment.threshold if attachment is not None else 0.0,
+        )  # fmt: skip
+    except _StayDenseError as why:
+        decision, reason = Decision(site, Policy.DENSE, Execution.GATHERED), str(why)
+    return SitePlan(decision, reason, density, cost, policy), wanted
+
+
+def make_plan(found: Found, resolve: Resolve, options: Options) -> Plan:
+    """Decide about each site of `found`. `resolve` gives the real tensor behind a parameter's node.
+
+    Raises ArtifactMismatchError if a weight with something attached changed since calibration.
+    """
+    sites = {resolve(site.output.weight): site for site in found.sites}
+    plans, wanted = [], []
+    for site in found.sites:
+        plan, layouts = _decide(site, options, resolve, sites)
+        plans.append(plan)
+        wanted += layouts
+    return Plan(tuple(plans), tuple(dict.fromkeys(wanted)))

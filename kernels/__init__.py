@@ -1,0 +1,29 @@
+"""Ops on selected units: each file holds one op's reference, kernel, launcher and registration."""
+
+from .gathered_sum import gathered_sum, gathered_sum_reference
+from .lookahead import select_begin, select_join
+from .rows import (
+    gathered_glu,
+    gathered_glu_reference,
+    gathered_rows,
+    gathered_rows_reference,
+    gemv,
+)
+from .select import select, select_reference
+from .selection import compact, compact_reference
+
+__all__ = [
+    "compact",
+    "compact_reference",
+    "gathered_glu",
+    "gathered_glu_reference",
+    "gathered_rows",
+    "gathered_rows_reference",
+    "gathered_sum",
+    "gathered_sum_reference",
+    "gemv",
+    "select",
+    "select_begin",
+    "select_join",
+    "select_reference",
+]

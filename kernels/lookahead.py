@@ -1,0 +1,82 @@
+"""Issue a predictor on a side stream: `select_begin` launches it there, `select_join` waits for it.
+
+Inductor emits no stream contexts, and CUDA graph trees can't capture allocations made on a side stream.
+So both are opaque ops: everything is allocated on the current stream and only launched on the other,
+and the join also takes what the side stream still reads, so that its memory isn't used again before.
+"""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from .select import _inner_kernel, _score_kernel, launch_select, num_splits, select_cpu
+from .selection import SEGMENT, fake_selection, scatter_kernel
+from ._triton import cdiv
+
+
+@cache
+def _side_stream(device: torch.device) -> "torch.cuda.Stream":
+    return torch.cuda.Stream(device)
+
+
+@custom_op("dejavu::select_begin", mutates_args=())
+def select_begin(
+    source: Tensor, down: Tensor, up: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Start `select` on the side stream. Returns index, count and scratch, not to be read before the join."""
+    if not source.is_cuda:
+        index, count = select_cpu(source, down, up, bias)
+        return index, count, source.new_empty(0), index.new_empty(0), index.new_empty(0)
+    kernels = (_inner_kernel, _score_kernel, scatter_kernel)
+    current, side = torch.cuda.current_stream(source.device), _side_stream(source.device)
+    launch = _Deferred(kernels)
+    results = launch_select(launch.kernels, source.contiguous(), down, up, bias)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        launch.run()
+    return results
+
+
+class _Deferred:
+    """Collects launches, so that all memory is allocated before the stream changes."""
+
+    def __init__(self, kernels) -> None:
+        self._calls = []
+        self.kernels = tuple(_Recorded(kernel, self._calls) for kernel in kernels)
+
+    def run(self) -> None:
+        for call in self._calls:
+            call()
+
+
+class _Recorded:
+    def __init__(self, kernel, calls: list) -> None:
+        self._kernel, self._calls = kernel, calls
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self._calls.append(
+            lambda: self._kernel[grid](*args, **kwargs)
+        )
+
+
+@select_begin.register_fake
+def _(source: Tensor, down: Tensor, up: Tensor, bias: Tensor):
+    n, rank = up.shape
+    index, count = fake_selection(source, n)
+    if not source.is_cuda:
+        return index, count, source.new_empty(0), index.new_empty(0), index.new_empty(0)
+    segments = cdiv(n, SEGMENT)
+    splits = num_splits(rank, source.shape[1], 4)
+    inner = source.new_empty(splits, source.shape[0], rank, dtype=torch.float32)
+    local = index.new_empty(segments * SEGMENT)
+    return index, count, inner, local, index.new_empty(segments)
+
+
+@custom_op("dejavu::select_join", mutates_args=("index", "count"))
+def select_join(index: Tensor, count: Tensor, scratch: list[Tensor], source: Tensor) -> None:
+    """Make the current stream wait for the side stream. Moves no data; says that it writes the selection,
+    so that nothing reads it earlier."""
+    if source.is_cuda:
+        torch.cuda.current_stream(source.device).wait_stream(_side_stream(source.device))

@@ -1,0 +1,213 @@
+"""Projections at a few tokens: all weight rows (`gemv`), or those that a selection names.
+
+    gemv           y[t, j] = act(weight[j] @ x[t] + bias[j])
+    gathered_rows  y[t, j] = act(weight[index[j]] @ x[t] + bias[index[j]])      for j < count, else 0
+    gathered_glu   y[t, j] = act(gate[index[j]] @ x[t]) * (up[index[j]] @ x[t]) for j < count, else 0
+
+Each reads count * d weights, once, whatever the number of tokens. (Deja Vu, section 4.4)
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import custom_op, triton_op
+
+from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
+from .activations import REFERENCE, activate
+
+# Above this share of selected units the CPU multiplies densely: a gather copies each row before it is
+# read, and on 2 cores gains nothing from about a third on. (facts: CPU numbers)
+CPU_DENSE_ABOVE = 0.3
+
+
+def gathered_rows_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str
+) -> Tensor:
+    """x [m, d]; weight [n, d] of its dtype, rows contiguous, any row stride; bias [n] or None.
+
+    index [n] int32 and count [] int32 are a selection. Returns [m, n] of x's dtype, by slot, zero from
+    `count` on; accumulated in fp32.
+    """
+    k = int(count)
+    chosen = index[:k]
+    y = F.linear(x.float(), weight[chosen].float(), None if bias is None else bias[chosen].float())
+    result = x.new_zeros(x.shape[0], weight.shape[0])
+    result[:, :k] = REFERENCE[activation](y).to(x.dtype)
+    return result
+
+
+def gathered_glu_reference(
+    x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None,
+    index: Tensor, count: Tensor, activation: str,
+) -> Tensor:  # fmt: skip
+    """A gated pair of `gathered_rows_reference`: act(gate) * up, rounded once at the end."""
+    wide = x.float()
+    a = gathered_rows_reference(wide, gate.float(), gate_bias, index, count, activation)
+    return (a * gathered_rows_reference(wide, up.float(), up_bias, index, count, "identity")).to(x.dtype)
+
+
+@jit
+def _rows_kernel(
+    x_ptr, weight_ptr, bias_ptr, up_ptr, up_bias_ptr, index_ptr, count_ptr, out_ptr,
+    n, weight_stride, up_stride,
+    D: tl.constexpr, TOKENS: tl.constexpr,
+    GATHER: tl.constexpr, GLU: tl.constexpr,
+    BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Grid: a fixed number of programs, each taking every num_programs-th block of BLOCK_J slots.
+
+    A program stops at the count, which it reads from the device; then it zeroes its share of the rest.
+    """
+    if GATHER:
+        count = tl.load(count_ptr)
+    else:
+        count = n
+    programs = tl.num_programs(0)
+    column = tl.arange(0, BLOCK_D)
+    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK_J), programs):
+        slot = block * BLOCK_J + tl.arange(0, BLOCK_J)
+        if block * BLOCK_J < count:
+            live = slot < count
+            if GATHER:
+                unit = tl.load(index_ptr + slot, mask=live, other=0)
+            else:
+                unit = slot
+            row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride  # [BLOCK_J, 1]
+            up_row = up_ptr + unit[:, None].to(tl.int64) * up_stride
+            for token in tl.static_range(TOKENS):
+                # Products are added up per column and reduced once: no cross-warp sum in the loop.
+                total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
+                up_total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
+                for start in tl.static_range(0, D, BLOCK_D):
+                    at = start + column
+                    inside = live[:, None] & (at[None, :] < D)
+                    x = tl.load(x_ptr + token * D + at, mask=at < D, other=0.0).to(tl.float32)
+                    w = tl.load(row + at[None, :], mask=inside, other=0.0).to(tl.float32)
+                    total += w * x[None, :]
+                    if GLU:
+                        u = tl.load(up_row + at[None, :], mask=inside, other=0.0).to(tl.float32)
+                        up_total += u * x[None, :]
+                y = tl.sum(total, axis=1)
+                if BIAS:
+                    y += tl.load(bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
+                y = activate(y, ACTIVATION)
+                if GLU:
+                    up = tl.sum(up_total, axis=1)
+                    if UP_BIAS:
+                        up += tl.load(up_bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
+                    y = y * up
+                y = tl.where(live, y, 0.0)
+                tl.store(out_ptr + token * n + slot, y.to(out_ptr.dtype.element_ty), mask=slot < n)
+        else:
+            for token in tl.static_range(TOKENS):
+                zero = tl.zeros([BLOCK_J], dtype=out_ptr.dtype.element_ty)
+                tl.store(out_ptr + token * n + slot, zero, mask=slot < n)
+
+
+def rows_config(n: int, d: int, gather: bool) -> dict[str, int]:
+    """Block sizes: long rows in one or two steps, few rows a program, so that no load waits alone."""
+    block_d = min(2048 if gather else 1024, power_of_2(d))
+    block_j = 2 if gather else 4
+    programs = min(cdiv(n, block_j), 8 * PROCESSORS) if gather else cdiv(n, block_j)
+    return {"BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "programs": programs}
+
+
+def launch_rows(
+    kernel, x: Tensor, weight: Tensor, bias: Tensor | None, selection: tuple[Tensor, Tensor] | None,
+    activation: str, up: Tensor | None = None, up_bias: Tensor | None = None,
+    config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """Launch `_rows_kernel` (wrapped or not) for any of the three ops."""
+    x = x.contiguous()
+    (tokens, d), n = x.shape, weight.shape[0]
+    gather = selection is not None
+    config = dict(config or rows_config(n, d, gather))
+    grid = (config.pop("programs"),)
+    out = empty(tokens, n, like=x)
+    index, count = selection if gather else (x, x)
+    kernel[grid](
+        x, weight, x if bias is None else bias, x if up is None else up,
+        x if up_bias is None else up_bias, index, count, out,
+        n, weight.stride(0), 0 if up is None else up.stride(0),
+        D=d, TOKENS=tokens, GATHER=gather, GLU=up is not None, BIAS=bias is not None,
+        UP_BIAS=up_bias is not None, ACTIVATION=activation, **config,
+    )  # fmt: skip
+    return out
+
+
+def _cpu_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, activation: str
+) -> Tensor:
+    """[m, k] for the chosen rows, in x's dtype."""
+    if chosen.numel() > CPU_DENSE_ABOVE * weight.shape[0]:
+        return REFERENCE[activation](F.linear(x, weight, bias)).index_select(1, chosen)
+    rows = weight.index_select(0, chosen)
+    return REFERENCE[activation](F.linear(x, rows, None if bias is None else bias[chosen]))
+
+
+@custom_op("dejavu::gathered_rows_cpu", mutates_args=())
+def gathered_rows_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str
+) -> Tensor:
+    """Gather the rows and multiply: opaque to tracing, since its size depends on the count."""
+    k = int(count)
+    result = x.new_zeros(x.shape[0], weight.shape[0])
+    result[:, :k] = _cpu_rows(x, weight, bias, index[:k], activation)
+    return result
+
+
+@custom_op("dejavu::gathered_glu_cpu", mutates_args=())
+def gathered_glu_cpu(
+    x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None,
+    index: Tensor, count: Tensor, activation: str,
+) -> Tensor:  # fmt: skip
+    """The gated pair, opaque to tracing."""
+    k = int(count)
+    result = x.new_zeros(x.shape[0], gate.shape[0])
+    a = _cpu_rows(x, gate, gate_bias, index[:k], activation)
+    result[:, :k] = a * _cpu_rows(x, up, up_bias, index[:k], "identity")
+    return result
+
+
+@gathered_rows_cpu.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor,
+      activation: str) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@gathered_glu_cpu.register_fake
+def _(x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None,
+      index: Tensor, count: Tensor, activation: str) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], gate.shape[0])
+
+
+@triton_op("dejavu::gathered_rows", mutates_args=())
+def gathered_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str
+) -> Tensor:
+    """See `gathered_rows_reference`."""
+    if not x.is_cuda:
+        return gathered_rows_cpu(x, weight, bias, index, count, activation)
+    return launch_rows(wrap_triton(_rows_kernel), x, weight, bias, (index, count), activation)
+
+
+@triton_op("dejavu::gathered_glu", mutates_args=())
+def gathered_glu(
+    x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None,
+    index: Tensor, count: Tensor, activation: str,
+) -> Tensor:  # fmt: skip
+    """See `gathered_glu_reference`."""
+    if not x.is_cuda:
+        return gathered_glu_cpu(x, gate, gate_bias, up, up_bias, index, count, activation)
+    return launch_rows(
+        wrap_triton(_rows_kernel), x, gate, gate_bias, (index, count), activation, up, up_bias
+    )
+
+
+@triton_op("dejavu::gemv", mutates_args=())
+def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """act(x @ weight.T + bias) for x [m, d] of a few tokens and weight [n, d]: [m, n]."""
+    if not x.is_cuda:
+        return REFERENCE[activation](F.linear(x, weight, bias))
+    return launch_rows(wrap_triton(_rows_kernel), x, weight, bias, None, activation)

@@ -1,0 +1,59 @@
+"""Insert nodes that carry their value's shape, so that later passes can read what earlier ones wrote."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+
+from dejavu_compile._compat import FakeTensor, add_static_buffer, unset_fake_temporarily
+
+
+def _fake_mode(graph: fx.Graph) -> Any:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None
+
+
+class Emitter:
+    """Inserts calls into a GraphModule before a moving point, and propagates fake values through them."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.graph = gm.graph
+        self._mode = _fake_mode(self.graph)
+
+    @contextmanager
+    def before(self, node: fx.Node) -> Iterator[None]:
+        """Insert before `node`."""
+        with self.graph.inserting_before(node):
+            yield
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call_function node with `meta["val"]` set."""
+        node = self.graph.call_function(target, args, kwargs)
+        self.infer(node)
+        return node
+
+    def copy(self, node: fx.Node, mapping: dict[fx.Node, fx.Node]) -> fx.Node:
+        """The same op on mapped inputs."""
+        new = self.graph.node_copy(node, lambda n: mapping.get(n, n))
+        self.infer(new)
+        return new
+
+    def buffer(self, name: str, tensor: torch.Tensor) -> fx.Node:
+        """A get_attr of a new static buffer."""
+        with unset_fake_temporarily():
+            add_static_buffer(self.gm, name, tensor)
+        node = self.graph.get_attr(name)
+        node.meta["val"] = tensor if self._mode is None else self._mode.from_tensor(tensor)
+        return node
+
+    def infer(self, node: fx.Node) -> None:
+        """Compute `meta["val"]` from the inputs' values."""
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self._mode or torch.no_grad(), torch.no_grad():
+            node.meta["val"] = node.target(*args, **kwargs)

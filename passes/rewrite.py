@@ -1,0 +1,212 @@
+"""Run a site on the selected units only.
+
+predict, gathered (decode):
+    g = linear(x, Wg); u = linear(x, Wu); h = silu(g) * u; y = linear(h, Wo)
+        ->
+    index, count = select(source, down, up, bias)
+    g = gathered_rows(x, Wg, index, count); u = gathered_rows(x, Wu, index, count)
+    h = silu(g) * u; y = gathered_sum(h, Wo.T, index, count).sum(0)
+
+exact and gate compute the carrier (the activated gate) for every unit, `compact` it into a selection,
+and skip what is left. Masked execution zeroes h outside the selection instead, token by token: the same
+predictor, source and threshold, so that quality is measured on what runs fast.
+
+Slot j < count of a gathered value belongs to unit index[j]; gathered values keep the dense shape, with
+room for every unit. So the ops between leaves and output are copied as they are, whatever they are.
+Values that something outside the site reads keep their dense nodes.
+"""
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+import dejavu_compile.kernels  # noqa: F401  registers torch.ops.dejavu
+
+from .emit import Emitter
+from .separable import aten, shape_of
+from .site import Decision, Execution, Leaf, LeafKind, Policy, Projection
+
+ops = torch.ops.dejavu
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """`selects` are the predictor nodes, in graph order, for the schedule to move."""
+
+    modified: bool
+    selects: tuple[fx.Node, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Selection:
+    index: fx.Node
+    count: fx.Node
+
+
+def _tokens_by(emit: Emitter, value: fx.Node, width: int) -> fx.Node:
+    """`value` [..., width] as [tokens, width]."""
+    return emit.call(aten.reshape.default, value, [-1, width])
+
+
+def _unit_rows(emit: Emitter, leaf: Leaf, units: int) -> tuple[fx.Node, fx.Node | None]:
+    """The weight [units, in_features] and bias [units] of a ROWS leaf, as views."""
+    projection = leaf.projection
+    weight, bias = projection.weight, projection.bias
+    if projection.contracted == 0:
+        weight = emit.call(aten.t.default, weight)
+    if (leaf.offset, leaf.step, projection.out_features) != (0, 1, units):
+        stop = leaf.offset + leaf.step * (units - 1) + 1
+        weight = emit.call(aten.slice.Tensor, weight, 0, leaf.offset, stop, leaf.step)
+        if bias is not None:
+            bias = emit.call(aten.slice.Tensor, bias, 0, leaf.offset, stop, leaf.step)
+    return weight, bias
+
+
+def _unit_columns(emit: Emitter, output: Projection) -> fx.Node:
+    """The output projection's weight as [units, out_features], a view."""
+    if output.contracted == 1:
+        return emit.call(aten.t.default, output.weight)
+    return output.weight
+
+
+def _gather_leaf(emit: Emitter, leaf: Leaf, units: int, chosen: _Selection) -> fx.Node:
+    """The leaf's values for the selected units, in slots, in the leaf's dense shape."""
+    if leaf.kind is not LeafKind.ROWS:
+        return emit.call(aten.index_select.default, leaf.node, leaf.dim, chosen.index)
+    weight, bias = _unit_rows(emit, leaf, units)
+    source = _tokens_by(emit, leaf.projection.input, leaf.projection.in_features)
+    rows = emit.call(
+        ops.gathered_rows.default, source, weight, bias, chosen.index, chosen.count, "identity"
+    )
+    return emit.call(aten.reshape.default, rows, list(_static(leaf.node)))
+
+
+def _static(node: fx.Node) -> tuple[int, ...]:
+    shape = shape_of(node)
+    assert all(isinstance(size, int) for size in shape), "the plan gathers static shapes only"
+    return shape
+
+
+def _gathered(emit: Emitter, decision: Decision, chosen: _Selection, start: fx.Node | None) -> None:
+    """Replace the output projection. `start` is the carrier that `chosen` came from, if any."""
+    site, units = decision.site, decision.site.units
+    mapping: dict[fx.Node, fx.Node] = {}
+    compacted = True
+    if start is site.hidden:
+        mapping[start], compacted = start, False
+    elif start is not None:
+        mapping[start] = emit.call(
+            aten.index_select.default, start, site.dims[start], chosen.index
+        )
+    for node in _interior_after(decision, start):
+        for leaf in site.leaves:
+            if leaf.node in node.all_input_nodes and leaf.node not in mapping:
+                mapping[leaf.node] = _gather_leaf(emit, leaf, units, chosen)
+        mapping[node] = emit.copy(node, mapping)
+    output = site.output
+    partials = emit.call(
+        ops.gathered_sum.default,
+        _tokens_by(emit, mapping[site.hidden], units),
+        _unit_columns(emit, output),
+        chosen.index,
+        chosen.count,
+        compacted,
+    )
+    result = emit.call(aten.sum.dim_IntList, partials, [0])
+    if output.bias is not None:
+        result = emit.call(aten.add.Tensor, result, output.bias)
+    dtype = output.node.meta["val"].dtype
+    result = emit.call(aten.to.dtype, result, dtype)
+    result = emit.call(aten.reshape.default, result, list(_static(output.node)))
+    output.node.replace_all_uses_with(result)
+
+
+def _interior_after(decision: Decision, start: fx.Node | None) -> list[fx.Node]:
+    """The interior ops that still have to run once `start` is known."""
+    site = decision.site
+    interior = set(site.interior)
+    pending, needed = [site.hidden], set()
+    while pending:
+        node = pending.pop()
+        if node in interior and node is not start and node not in needed:
+            needed.add(node)
+            pending.extend(node.all_input_nodes)
+    return [node for node in site.interior if node in needed]
+
+
+def _predicted(emit: Emitter, decision: Decision, tag: str) -> tuple[fx.Node, fx.Node, fx.Node]:
+    """The predictor's weights as static buffers."""
+    weights = decision.predictor
+    return (
+        emit.buffer(f"dejavu_{tag}_down", weights.down),
+        emit.buffer(f"dejavu_{tag}_up", weights.up),
+        emit.buffer(f"dejavu_{tag}_bias", weights.bias),
+    )
+
+
+def _masked(emit: Emitter, decision: Decision, tag: str) -> None:
+    """Zero the hidden units outside the selection, each token on its own."""
+    site = decision.site
+    hidden = site.hidden
+    if decision.policy is Policy.PREDICT:
+        down, up, bias = _predicted(emit, decision, tag)
+        width = shape_of(down)[1]
+        source = emit.call(aten.to.dtype, _tokens_by(emit, decision.source, width), torch.float32)
+        down = emit.call(aten.to.dtype, down, torch.float32)
+        up = emit.call(aten.to.dtype, up, torch.float32)
+        score = emit.call(aten.linear.default, source, down)
+        score = emit.call(aten.linear.default, score, up, bias)
+        dropped = emit.call(aten.le.Scalar, score, 0.0)
+    else:
+        carrier = site.gate.node
+        magnitude = emit.call(aten.abs.default, carrier)
+        dropped = emit.call(aten.le.Scalar, magnitude, decision.threshold)
+    # Written as "not above", so that a NaN score or activation is kept and stays visible.
+    dropped = emit.call(aten.reshape.default, dropped, _like(emit, hidden))
+    result = emit.call(aten.masked_fill.Scalar, hidden, dropped, 0.0)
+    site.output.node.replace_input_with(hidden, result)
+
+
+def _like(emit: Emitter, node: fx.Node) -> list:
+    return [
+        size if isinstance(size, int) else emit.call(aten.sym_size.int, node, dim)
+        for dim, size in enumerate(shape_of(node))
+    ]
+
+
+def rewrite(gm: fx.GraphModule, decisions: tuple[Decision, ...]) -> Rewritten:
+    """Carry out `decisions` on the graph that their sites were found in, in place."""
+    emit, selects = Emitter(gm), []
+    for tag, decision in enumerate(decisions):
+        site = decision.site
+        if decision.policy is Policy.DENSE:
+            continue
+        if decision.execution is Execution.MASKED:
+            if decision.policy is not Policy.EXACT:
+                with emit.before(site.output.node):
+                    _masked(emit, decision, str(tag))
+            continue
+        start = None
+        if decision.policy is not Policy.PREDICT:
+            carrier = site.exact if decision.policy is Policy.EXACT else site.gate
+            start = carrier.node
+        with emit.before(site.output.node):
+            if start is None:
+                weights = _predicted(emit, decision, str(tag))
+                source = _tokens_by(emit, decision.source, shape_of(weights[0])[1])
+                pair = emit.call(ops.select.default, source, *weights)
+                selects.append(pair)
+            else:
+                pair = emit.call(
+                    ops.compact.default, _tokens_by(emit, start, site.units), decision.threshold
+                )
+            chosen = _Selection(*(emit.call(operator.getitem, pair, i) for i in (0, 1)))
+            _gathered(emit, decision, chosen, start)
+    modified = any(d.policy is not Policy.DENSE for d in decisions)
+    if modified:
+        gm.graph.eliminate_dead_code()
+        gm.graph.lint()
+        gm.recompile()
+    return Rewritten(modified, tuple(selects))
