@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo.source import GlobalSource
+from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.schemas import AOTConfig
 from torch._functorch.aot_autograd import construct_fake_mode, process_inputs
 from torch._guards import TracingContext
@@ -25,6 +26,7 @@ __all__ = [
     "FakeTensor",
     "TracingContext",
     "add_static_buffer",
+    "compile_counters",
     "compile_fx",
     "inductor_config",
     "inductor_option_names",
@@ -92,6 +94,14 @@ def add_static_buffer(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> No
         sources = {}
         gm._param_name_to_source = sources
     sources[name] = GlobalSource(name)
+
+
+def compile_counters() -> dict[str, int]:
+    """Graphs compiled and CUDA graphs skipped so far in this process."""
+    return {
+        "graphs": counters["stats"]["unique_graphs"],
+        "cudagraph_skips": counters["inductor"]["cudagraph_skips"],
+    }
 
 
 def inductor_option_names() -> set[str]:

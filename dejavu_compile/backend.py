@@ -18,6 +18,8 @@ from torch import fx
 import dejavu_compile.kernels
 import dejavu_compile.passes
 from dejavu_compile.passes.find_sites import find_sites, resolve
+from dejavu_compile.passes.fuse import fuse
+from dejavu_compile.passes.gemv import use_gemv
 from dejavu_compile.passes.normalize import normalize
 from dejavu_compile.passes.rewrite import rewrite
 from dejavu_compile.passes.schedule import schedule
@@ -27,7 +29,7 @@ from ._compat import CustomGraphPass, compile_fx, inductor_option_names, unset_f
 from .attachments import make_unit_major, note_compiled
 from .dump import Dump
 from .errors import OptionError
-from .options import Options, split_options
+from .options import ExecutionMode, Options, split_options
 from .plan import Plan, Relayout, make_plan
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,7 @@ class Prepared:
     found: Found
     plan: Plan
     relayout: tuple[tuple[int, Relayout], ...]
+    modified: bool
 
 
 def prepare(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Prepared:
@@ -57,19 +60,25 @@ def prepare(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options)
     with unset_fake_temporarily():
         plan = make_plan(found, lambda node: resolve(gm, node, inputs), options)
         note_compiled(resolve(gm, site.output.weight, inputs) for site in found.sites)
+    modified = plan.num_sparse > 0
     if plan.num_sparse:
         rewritten = rewrite(gm, plan.decisions)
         dump.graph("rewrite", gm)
+        fuse(gm)
+        dump.graph("fuse", gm)
         schedule(gm, rewritten.selects, options.issue)
         dump.graph("schedule", gm)
-    else:
+    if options.gemv and options.execution is ExecutionMode.AUTO:
+        modified |= use_gemv(gm).count > 0
+        dump.graph("gemv", gm)
+    if not modified:
         normalized.restore()
     log.info("%d sites sparse, %d dense", plan.num_sparse, len(plan.sites) - plan.num_sparse)
     for site_plan in plan.sites:
         log.debug("%s: %s (%s)", site_plan.site.name, site_plan.decision.policy, site_plan.reason)
     position = {node: i for i, node in enumerate(inputs)}
     relayout = tuple((position[r.weight], r) for r in plan.relayout if r.weight in position)
-    return Prepared(found, plan, relayout)
+    return Prepared(found, plan, relayout, modified)
 
 
 _warned_of_grad = False
@@ -175,7 +184,7 @@ def dejavu(
     if _needs_grad(example_inputs):
         return compile_fx(gm, example_inputs, config_patches=inductor or None)
     prepared = prepare(gm, example_inputs, own)
-    if not prepared.plan.num_sparse:
+    if not prepared.modified:
         patches = inductor
     compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return _relayout_after_first_call(compiled, prepared.relayout)

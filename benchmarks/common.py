@@ -1,0 +1,193 @@
+"""What the benchmarks share: shapes, random-weight decoders, predictors of the real size, timing, JSON."""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
+
+from dejavu_compile.attachments import Attachment, attach, fingerprint, make_unit_major
+from dejavu_compile.passes.site import Policy, PredictorWeights
+from dejavu_compile.predictors import rank_for_budget
+
+RESULTS = Path(__file__).parent / "results"
+COPY_BANDWIDTH = 4.27e12  # bytes/s, device-to-device copy measured on one H200
+
+
+def opt(hidden: int, ffn: int, layers: int, heads: int, context: int = 2048) -> OPTConfig:
+    """An OPT configuration of a published size."""
+    return OPTConfig(
+        vocab_size=50272, hidden_size=hidden, ffn_dim=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, word_embed_proj_dim=hidden, max_position_embeddings=context,
+        dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+
+
+SHAPES = {
+    "opt-125m": opt(768, 3072, 12, 12),
+    "opt-1.3b": opt(2048, 8192, 24, 32),
+    "opt-6.7b": opt(4096, 16384, 32, 32),
+    "opt-30b": opt(7168, 28672, 48, 56),
+    "opt-66b": opt(9216, 36864, 64, 72),
+    "llama-3-8b": LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048,
+        tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+
+def build(shape: str, device: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+    """A decoder of the given shape with random weights, made on its device (no second copy)."""
+    config = SHAPES[shape]
+    if layers is not None:
+        config.num_hidden_layers = layers
+    kind = OPTForCausalLM if isinstance(config, OPTConfig) else LlamaForCausalLM
+    with torch.device("meta"):
+        model = kind(config).to(dtype)
+    model = model.to_empty(device=device).eval()
+    model.tie_weights()
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(False)
+        if parameter.dim() < 2:
+            parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)
+    if isinstance(config, LlamaConfig):
+        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
+    return model
+
+
+def mlp_weights(model: nn.Module) -> list[tuple[list[nn.Parameter], nn.Parameter]]:
+    """(weights into the units, weight out of them) of every layer of an OPT or Llama model."""
+    inner = model.model
+    if hasattr(inner, "decoder"):
+        return [([layer.fc1.weight], layer.fc2.weight) for layer in inner.decoder.layers]
+    return [
+        ([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], layer.mlp.down_proj.weight)
+        for layer in inner.layers
+    ]
+
+
+def attach_random_predictors(model: nn.Module, density: float, budget: float = 0.05) -> list[torch.Tensor]:
+    """Predictors of the real byte size that select a fixed random share of units, in all layers but the first.
+
+    Their scores are the bias: the matrices are read in full, and their product, bounded, changes nothing.
+    Returns the selected units of each layer (all of them in the first).
+    """
+    layers = mlp_weights(model)
+    chosen = []
+    for number, (into, out) in enumerate(layers):
+        width, units = out.shape
+        if number == 0:
+            chosen.append(torch.arange(units))
+            continue
+        generator = torch.Generator().manual_seed(number)
+        picked = torch.randperm(units, generator=generator)[: round(density * units)].sort().values
+        chosen.append(picked)
+        dense_bytes = sum(w.numel() * w.element_size() for w in (*into, out))
+        rank = rank_for_budget(dense_bytes, width, units, out.element_size(), budget)
+        bias = torch.full((units,), -1e6)
+        bias[picked] = 1e6
+        device = out.device
+        predictor = PredictorWeights(
+            down=torch.randn(rank, width, generator=generator).to(device, out.dtype) * 0.01,
+            up=torch.randn(units, rank, generator=generator).to(device, out.dtype) * 0.01,
+            bias=bias.to(device),
+        )
+        make_unit_major(out, 1, produces_units=False)
+        attach(
+            out,
+            Attachment(Policy.PREDICT, density, fingerprint(out), predictor=predictor,
+                       source=weakref.ref(layers[number - 1][1]), lookahead=1),
+        )  # fmt: skip
+    return chosen
+
+
+class DecodeStep:
+    """One decode step of a transformers model with a static cache of `length` slots, at batch `batch`."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., Any], length: int, batch: int = 1) -> None:
+        device = next(model.parameters()).device
+        self.forward, self.start = forward, length // 2
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.token = torch.full((batch, 1), 11, device=device)
+        self.position = torch.full((batch, 1), self.start, device=device)
+        self.mask = torch.ones(batch, 1, 1, length, dtype=torch.bool, device=device)
+        prompt = torch.arange(batch * self.start, device=device).view(batch, -1) % 1000 + 5
+        with torch.no_grad():
+            model.forward(
+                input_ids=prompt,
+                position_ids=torch.arange(self.start, device=device).expand(batch, -1),
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+
+    def reset(self) -> None:
+        """Back to the first step after the prompt, in place: the addresses are static."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.start)
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        """Logits [batch, vocabulary]."""
+        torch.compiler.cudagraph_mark_step_begin()
+        output = self.forward(
+            input_ids=self.token, attention_mask=self.mask, position_ids=self.position,
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        return output.logits[:, -1]
+
+
+def time_us(call: Callable[[], Any], repeats: int, *, warmup: int = 3) -> dict[str, float]:
+    """p20, p50 and p80 of one call in microseconds; on CUDA by events around it."""
+    for _ in range(warmup):
+        call()
+    samples = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda.synchronize()
+            begin.record()
+            call()
+            end.record()
+            torch.cuda.synchronize()
+            samples.append(1e3 * begin.elapsed_time(end))
+        else:
+            start = time.perf_counter()
+            call()
+            samples.append(1e6 * (time.perf_counter() - start))
+    quantiles = statistics.quantiles(samples, n=10)
+    return {"p20": quantiles[1], "p50": statistics.median(samples), "p80": quantiles[7]}
+
+
+def environment() -> dict[str, str]:
+    """Machine, versions and commit, for the head of every result."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False,
+        cwd=Path(__file__).parent,
+    ).stdout.strip()  # fmt: skip
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {
+        "device": device or platform.machine(),
+        "cores": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit or "unknown",
+    }
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Write JSON with the environment first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **result}, indent=1), encoding="utf-8")

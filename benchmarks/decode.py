@@ -1,0 +1,179 @@
+"""Decode step: dense Inductor in its modes against dejavu, side by side in one run.
+
+    python benchmarks/decode.py --shape opt-6.7b --density 0.1 --out benchmarks/results/decode.json
+
+Random weights; predictors of the real byte size (5 % of the MLP) that select a fixed random share of the
+neurons of every layer but the first. A time counts only after the same step's logits matched an oracle:
+the eager model with all other neurons zeroed. Static cache, batch 1; KV length is the cache's.
+Bytes are weights read, predictors included; the floor is those bytes at the device's copy bandwidth.
+"""
+
+import argparse
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import (
+    COPY_BANDWIDTH,
+    RESULTS,
+    DecodeStep,
+    attach_random_predictors,
+    build,
+    environment,
+    mlp_weights,
+    time_us,
+    write,
+)
+from torch import nn
+
+import dejavu_compile as dv
+from dejavu_compile._compat import compile_counters
+
+
+def oracle_logits(model: nn.Module, chosen: list[torch.Tensor], length: int) -> torch.Tensor:
+    """The eager step with the hidden units outside `chosen` zeroed before each output projection."""
+    outs = {id(out): units for (_, out), units in zip(mlp_weights(model), chosen, strict=True)}
+    handles = []
+    step = DecodeStep(model, model.forward, length)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) in outs:
+            mask = torch.zeros(module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+            mask[outs[id(module.weight)].to(mask.device)] = 1
+
+            def zero(_: nn.Module, args: tuple, mask: torch.Tensor = mask) -> tuple:
+                return (args[0] * mask,)
+
+            handles.append(module.register_forward_pre_hook(zero))
+    logits = step().float().clone()
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def weight_bytes(model: nn.Module, density: float | None) -> int:
+    """Weights that one step reads: the embedding only through the head it is tied to."""
+    skip = {id(p) for n, p in model.named_parameters() if "embed_positions" in n}
+    total = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skip)
+    if model.config.tie_word_embeddings is False:
+        embeddings = model.get_input_embeddings().weight
+        total -= embeddings.numel() * embeddings.element_size()
+    if density is None:
+        return total
+    for into, out in mlp_weights(model)[1:]:
+        dense = sum(w.numel() * w.element_size() for w in (*into, out))
+        total -= round(dense * (1 - density - 0.05))
+    return total
+
+
+def measure(
+    model: nn.Module, provider: str, length: int, repeats: int, expected: torch.Tensor, **compile_args: Any
+) -> dict[str, Any]:
+    """Compile, check against the oracle, time, and count recompiles and skipped CUDA graphs."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    started = time.monotonic()
+    step = DecodeStep(model, torch.compile(model.forward, **compile_args), length)
+    for _ in range(4):
+        step.reset()
+        logits = step().float().clone()
+    compile_s = time.monotonic() - started
+    error = ((logits - expected).norm() / expected.norm()).item()
+    before = compile_counters()
+    times = time_us(lambda: step(), min(repeats, length - step.start - 16))
+    after = compile_counters()
+    return {
+        "provider": provider, "error": error, "compile_s": compile_s, **times,
+        "recompiles": after["graphs"] - before["graphs"], "cudagraph_skips": after["cudagraph_skips"],
+    }  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All providers on one shape."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
+    model = build(args.shape, device, dtype, args.layers)
+    full = [torch.arange(out.shape[1]) for _, out in mlp_weights(model)]
+    rows = []
+    dense = oracle_logits(model, full, args.length)
+    for mode in args.modes:
+        rows.append(
+            measure(model, f"inductor {mode}", args.length, args.repeats, dense,
+                    backend="inductor", mode=None if mode == "default" else mode)
+            | {"bytes": weight_bytes(model, None)}
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    dv_mode = "reduce-overhead" if device == "cuda" else None
+    for variant in args.variants:
+        options = dict(VARIANTS[variant])
+        density = args.density if variant != "exact" else None
+        if density is not None:
+            chosen = attach_random_predictors(model, density)
+            expected = oracle_logits(model, chosen, args.length)
+        else:
+            dv.detach(model)
+            expected = dense
+        if dv_mode:
+            options["triton.cudagraphs"] = True
+        rows.append(
+            measure(model, f"dejavu {variant}", args.length, args.repeats, expected,
+                    backend="dejavu", options=options)
+            | {"bytes": weight_bytes(model, density)}
+        )  # fmt: skip
+        print(rows[-1], flush=True)
+    best = min(r["p50"] for r in rows if r["provider"].startswith("inductor"))
+    tolerance = 0.05 if dtype is not torch.float32 else 1e-4
+    for row in rows:
+        row["speedup"] = best / row["p50"] if row["error"] < tolerance else None
+        row["floor_us"] = 1e6 * row["bytes"] / COPY_BANDWIDTH if device == "cuda" else None
+        row["share_of_floor"] = row["floor_us"] / row["p50"] if device == "cuda" else None
+    return {"shape": args.shape, "layers": model.config.num_hidden_layers, "dtype": args.dtype,
+            "kv_length": args.length, "density": args.density, "batch": 1, "rows": rows}  # fmt: skip
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "inline": {},
+    "side_stream": {"dejavu.issue": "side_stream"},
+    "no_gemv": {"dejavu.gemv": False},
+    "exact": {},
+}
+
+
+def table(result: dict[str, Any]) -> str:
+    """The rows as text."""
+    lines = [f"{result['shape']} x{result['layers']} {result['dtype']}, KV {result['kv_length']}, "
+             f"MLP density {result['density']}"]  # fmt: skip
+    for r in result["rows"]:
+        speedup = f"{r['speedup']:.2f}x" if r["speedup"] else "FAILED"
+        floor = f"{r['share_of_floor']:.0%}" if r["share_of_floor"] else ""
+        lines.append(
+            f"  {r['provider']:<26}{r['p50'] / 1e3:9.3f} ms  {r['bytes'] / 1e9:7.2f} GB  {floor:>5} of floor  "
+            f"{speedup:>7}  err {r['error']:.1e}  recompiles {r['recompiles']}  skips {r['cudagraph_skips']}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse the command line, run, print one table, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="opt-6.7b")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
+    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=100)
+    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
+    parser.add_argument("--modes", nargs="*", default=["default", "reduce-overhead", "max-autotune"])
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=["inline"])
+    parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
+    args = parser.parse_args()
+    print(environment(), flush=True)
+    result = run(args)
+    write(args.out, result)
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
