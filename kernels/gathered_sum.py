@@ -60,9 +60,9 @@ def _sum_kernel(
 
 def sum_config(n: int, d: int) -> dict[str, int]:
     """About four programs a multiprocessor; each split long enough to have loads in flight."""
-    block_d = min(256, power_of_2(d))
+    block_d = min(512, power_of_2(d))
     columns = cdiv(d, block_d)
-    splits = max(1, min(cdiv(4 * PROCESSORS, columns), cdiv(n, 64), 64))
+    splits = max(1, min(cdiv(4 * PROCESSORS, columns), cdiv(n, 64), 128))
     return {"BLOCK_J": 16, "BLOCK_D": block_d, "num_warps": 4, "splits": splits}
 
 

@@ -16,7 +16,7 @@ from .selection import SEGMENT, fake_selection, list_segment, listed, scatter, s
 
 
 def select_reference(source: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """source [m, s]; down [r, s] and up [n, r] of its dtype; bias [n] fp32. Scores in fp32.
+    """source [m, s]; down [r, s] and up [n, r] of its dtype or int8; bias [n] fp32. Scores in fp32.
 
     Returns a selection (see `selection`). A NaN score selects the unit, so that it stays visible.
     """
@@ -82,7 +82,7 @@ def _score_kernel(
 
 def num_splits(rank: int, width: int, block_r: int) -> int:
     """Chunks of the source, so that the first launch has about two programs a multiprocessor."""
-    return max(1, min(cdiv(2 * PROCESSORS, cdiv(rank, block_r)), cdiv(width, 512), 8))
+    return max(1, min(cdiv(2 * PROCESSORS, cdiv(rank, block_r)), cdiv(width, 2048), 8))
 
 
 def launch_select(
@@ -96,7 +96,7 @@ def launch_select(
     (tokens, width), (n, rank) = source.shape, up.shape
     block_r = 4
     splits = num_splits(rank, width, block_r)
-    block_s = min(512, power_of_2(width))
+    block_s = min(2048, power_of_2(width))
     chunk = cdiv(cdiv(width, splits), block_s) * block_s
     segments = cdiv(n, SEGMENT)
     inner = empty(splits, tokens, rank, like=source, dtype=torch.float32)
@@ -108,7 +108,7 @@ def launch_select(
     )  # fmt: skip
     kernels[1][(segments,)](
         inner, up, bias, local, counts, n, rank,
-        TOKENS=tokens, SPLITS=splits, SEGMENT=SEGMENT, BLOCK_R=min(64, power_of_2(rank)), num_warps=4,
+        TOKENS=tokens, SPLITS=splits, SEGMENT=SEGMENT, BLOCK_R=min(256, power_of_2(rank)), num_warps=4,
     )  # fmt: skip
     index, count = scatter(kernels[2], local, counts, n)
     return index, count, inner, local, counts
@@ -116,9 +116,9 @@ def launch_select(
 
 @custom_op("dejavu::select_cpu", mutates_args=())
 def select_cpu(source: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The reference, opaque to tracing, in the weights' dtype: bf16 is the CPU's fast path."""
-    inner = F.linear(source, down)
-    return listed(~(F.linear(inner, up).float() + bias <= 0))
+    """Opaque to tracing, in the source's dtype: bf16 is the CPU's fast path, and holds an int8 exactly."""
+    inner = F.linear(source, down.to(source.dtype))
+    return listed(~(F.linear(inner, up.to(source.dtype)).float() + bias <= 0))
 
 
 @select_cpu.register_fake

@@ -14,7 +14,7 @@ from torch.library import custom_op, triton_op
 
 from ._triton import cdiv, empty, jit, power_of_2, tl, wrap_triton
 
-SEGMENT = 64  # units that one program lists
+SEGMENT = 32  # units that one program lists
 SCATTERED = 1024  # units that one program of the second launch moves
 
 

@@ -49,7 +49,8 @@ class Emitter:
         with unset_fake_temporarily():
             add_static_buffer(self.gm, name, tensor)
         node = self.graph.get_attr(name)
-        node.meta["val"] = tensor if self._mode is None else self._mode.from_tensor(tensor)
+        # Static: a symbol made here would have no source for Dynamo to guard on.
+        node.meta["val"] = tensor if self._mode is None else self._mode.from_tensor(tensor, static_shapes=True)
         return node
 
     def infer(self, node: fx.Node) -> None:

@@ -18,6 +18,9 @@ from .site import Projection
 
 ops = torch.ops.dejavu
 
+# Above this many bytes a library GEMM is as near to the bandwidth as anything (facts: H200 numbers).
+LIBRARY_ABOVE = 256 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Replaced:
@@ -34,7 +37,9 @@ def _fits(projection: Projection, max_tokens: int) -> bool:
             return False
         tokens *= size
     rows_contiguous = projection.contracted == 1 and weight.stride(1) == 1
-    return weight.is_cuda and weight.is_floating_point() and tokens <= max_tokens and rows_contiguous
+    small = weight.numel() * weight.element_size() <= LIBRARY_ABOVE
+    floating = weight.is_cuda and weight.is_floating_point()
+    return floating and small and tokens <= max_tokens and rows_contiguous
 
 
 def use_gemv(gm: fx.GraphModule, max_tokens: int = 1) -> Replaced:

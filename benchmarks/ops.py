@@ -1,6 +1,6 @@
 """Each op alone on a GPU: time, bytes and share of the copy bandwidth, at the shapes of OPT.
 
-    python benchmarks/kernels.py --out benchmarks/results/kernels.json [--sweep]
+    python benchmarks/ops.py --out benchmarks/results/ops.json [--sweep]
 
 Each op is captured in one CUDA graph over several layers' weights, so that nothing is answered from the
 L2 cache that a real step wouldn't find there. Every result is first compared with its reference.
@@ -68,6 +68,13 @@ def graph_us(body: Callable[[int], Any], layers: int) -> float:
     return time_us(graph.replay, 20)["p50"] / layers
 
 
+class _Skip:
+    """Stands for a kernel that isn't launched."""
+
+    def __getitem__(self, grid: tuple) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
 def cases(w: Layers) -> dict[str, tuple[Callable[[int], Any], float]]:
     """Name -> (what to run for layer i, bytes that it must read)."""
     d, n, k, r = w.d, w.n, w.count, w.rank
@@ -79,7 +86,17 @@ def cases(w: Layers) -> dict[str, tuple[Callable[[int], Any], float]]:
         h = launch_rows(_rows_kernel, w.x, w.into[i], w.bias_n, (index, count), "relu")
         return launch_sum(_sum_kernel, h, w.out[i], index, count, True).sum(0)
 
+    def inner(i: int) -> None:
+        """Only the first launch of `select`."""
+        launch_select((_inner_kernel, _Skip(), _Skip()), w.x, w.down[i], w.up[i], w.score_bias)
+
+    def scores(i: int) -> None:
+        """Only the second."""
+        launch_select((_Skip(), _score_kernel, _Skip()), w.x, w.down[i], w.up[i], w.score_bias)
+
     return {
+        "select: inner": (inner, float(r * d)),
+        "select: scores": (scores, float(r * n)),
         "select": (lambda i: launch_select(select, w.x, w.down[i], w.up[i], w.score_bias), float(r * (d + n))),
         "rows": (lambda i: launch_rows(_rows_kernel, w.x, w.into[i], w.bias_n, w.selection, "relu"), row),
         "sum": (lambda i: launch_sum(_sum_kernel, w.hidden, w.out[i], *w.selection, True), row),
@@ -135,7 +152,7 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--sweep", action="store_true")
-    parser.add_argument("--out", type=Path, default=RESULTS / "kernels.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ops.json")
     args = parser.parse_args()
     print(environment(), flush=True)
     rows = []
