@@ -7,7 +7,10 @@
 PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c .venv/pins.txt
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -qq -c .venv/pins.txt
+# As modules: .venv has no script for what the machine brought. -P keeps this folder off the path.
+PYTEST := $(BIN)/python -P -m pytest
+RUFF := $(BIN)/python -P -m ruff
 READY := .venv/.ready
 
 .PHONY: demo test lint bench setup
@@ -17,13 +20,13 @@ demo: $(READY)
 
 # Triton decides on import whether it interprets, so those tests are a run of their own.
 test: $(READY)
-	$(BIN)/pytest -n $(WORKERS) -m "not interpret"
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) -m interpret || [ $$? -eq 5 ]  # 5: none collected
+	$(PYTEST) -n $(WORKERS) -m "not interpret"
+	TRITON_INTERPRET=1 $(PYTEST) -n $(WORKERS) -m interpret || [ $$? -eq 5 ]  # 5: none collected
 	$(MAKE) lint
 
 lint: $(READY)
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(RUFF) check
+	$(RUFF) format --check
 
 bench: $(READY)
 	set -e; for file in $(filter-out %/common.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file; done

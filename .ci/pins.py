@@ -11,10 +11,12 @@ from pathlib import Path
 
 
 def canonical(name: str) -> str:
+    """The one spelling of a distribution's name."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def main(path: str) -> None:
+    """Print the lines of `path` that pin what this venv has to install itself."""
     venv = Path(sys.prefix).resolve()
     brought = {
         canonical(found.name)

@@ -89,6 +89,7 @@ def attach_random_predictors(model: nn.Module, density: float, budget: float = 0
     chosen = []
     for number, (into, out) in enumerate(layers):
         width, units = out.shape
+        make_unit_major(out, 1, produces_units=False)
         if number == 0:
             chosen.append(torch.arange(units))
             continue
@@ -96,22 +97,26 @@ def attach_random_predictors(model: nn.Module, density: float, budget: float = 0
         picked = torch.randperm(units, generator=generator)[: round(density * units)].sort().values
         chosen.append(picked)
         dense_bytes = sum(w.numel() * w.element_size() for w in (*into, out))
-        rank = rank_for_budget(dense_bytes, width, units, out.element_size(), budget)
+        rank = rank_for_budget(dense_bytes, width, units, 1, budget)
         bias = torch.full((units,), -1e6)
         bias[picked] = 1e6
         device = out.device
+        stored = torch.int8 if out.is_cuda else out.dtype
         predictor = PredictorWeights(
-            down=torch.randn(rank, width, generator=generator).to(device, out.dtype) * 0.01,
-            up=torch.randn(units, rank, generator=generator).to(device, out.dtype) * 0.01,
+            down=_int8(rank, width, generator).to(device, stored),
+            up=_int8(units, rank, generator).to(device, stored),
             bias=bias.to(device),
         )
-        make_unit_major(out, 1, produces_units=False)
         attach(
             out,
             Attachment(Policy.PREDICT, density, fingerprint(out), predictor=predictor,
                        source=weakref.ref(layers[number - 1][1]), lookahead=1),
         )  # fmt: skip
     return chosen
+
+
+def _int8(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(-8, 9, (rows, columns), generator=generator, dtype=torch.int8)
 
 
 class DecodeStep:
@@ -149,8 +154,13 @@ class DecodeStep:
         return output.logits[:, -1]
 
 
-def time_us(call: Callable[[], Any], repeats: int, *, warmup: int = 3) -> dict[str, float]:
-    """p20, p50 and p80 of one call in microseconds; on CUDA by events around it."""
+def time_us(
+    call: Callable[[], Any], repeats: int, *, warmup: int = 3, together: int = 1
+) -> dict[str, float]:
+    """p20, p50 and p80 of one call in microseconds; on CUDA by events around `together` calls in a row.
+
+    Decoding queues one step behind the other, so the host's share shows only where it is the longer one.
+    """
     for _ in range(warmup):
         call()
     samples = []
@@ -159,10 +169,11 @@ def time_us(call: Callable[[], Any], repeats: int, *, warmup: int = 3) -> dict[s
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             begin.record()
-            call()
+            for _ in range(together):
+                call()
             end.record()
             torch.cuda.synchronize()
-            samples.append(1e3 * begin.elapsed_time(end))
+            samples.append(1e3 * begin.elapsed_time(end) / together)
         else:
             start = time.perf_counter()
             call()

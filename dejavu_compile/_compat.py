@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo import config as dynamo_config
 from torch._dynamo.source import GlobalSource
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.schemas import AOTConfig
@@ -26,6 +27,7 @@ __all__ = [
     "FakeTensor",
     "TracingContext",
     "add_static_buffer",
+    "check_strides_every_call",
     "compile_counters",
     "compile_fx",
     "inductor_config",
@@ -94,6 +96,15 @@ def add_static_buffer(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> No
         sources = {}
         gm._param_name_to_source = sources
     sources[name] = GlobalSource(name)
+
+
+def check_strides_every_call() -> None:
+    """Make guards that are built from now on look at each parameter, not only at its module's dict.
+
+    torch 2.11 skips parameters of modules whose dict is unchanged, and would run a graph that was
+    compiled for other strides; later versions look by default.
+    """
+    dynamo_config.use_recursive_dict_tags_for_guards = False
 
 
 def compile_counters() -> dict[str, int]:

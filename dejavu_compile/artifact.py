@@ -147,7 +147,7 @@ class Calibration:
             f"{site.name}.{part}": getattr(site.predictor, part).detach().cpu().contiguous()
             for site in self.sites
             if site.predictor is not None
-            for part in ("down", "up", "bias")
+            for part in ("down", "up", "bias", "scale")
         }
         save_file(tensors, folder / TENSORS)
         (folder / CONFIG).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
@@ -223,14 +223,13 @@ def _check_fingerprints(weights: dict[str, torch.Tensor], calibration: Calibrati
 
 def _predictor_weights(site: SiteRecord, weight: torch.Tensor) -> PredictorWeights:
     """The predictor on the model's device, with the threshold folded into its bias."""
-    predictor = site.predictor
-    threshold = site.threshold
-    # A finite stand-in for -inf: a bias of inf times nothing is fine, but inf - inf is not.
-    threshold = max(threshold, torch.finfo(torch.float32).min / 2)
+    predictor, device = site.predictor, weight.device
+    # An int8 is exact in any float dtype; only the GPU's kernels read it as it is.
+    dtype = predictor.down.dtype if weight.is_cuda else weight.dtype
     return PredictorWeights(
-        down=predictor.down.to(weight.device, weight.dtype).contiguous(),
-        up=predictor.up.to(weight.device, weight.dtype).contiguous(),
-        bias=(predictor.bias.float() - threshold).to(weight.device).contiguous(),
+        down=predictor.down.to(device, dtype).contiguous(),
+        up=predictor.up.to(device, dtype).contiguous(),
+        bias=predictor.selector_bias(site.threshold).to(device),
     )
 
 
@@ -297,11 +296,11 @@ def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: P
     predictor = None
     if config["rank"]:
         parts = {}
-        for part in ("down", "up", "bias"):
+        for part in ("down", "up", "bias", "scale"):
             tensor = tensors.get(f"{name}.{part}")
             if tensor is None:
                 raise ArtifactError(f"{path} lacks the predictor of {name}", expected=f"{name}.{part}")
-            if not tensor.isfinite().all():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ArtifactError(
                     f"the predictor of {name} in {path} holds NaN or inf", fix="calibrate again"
                 )

@@ -25,7 +25,13 @@ from dejavu_compile.passes.rewrite import rewrite
 from dejavu_compile.passes.schedule import schedule
 from dejavu_compile.passes.site import Found
 
-from ._compat import CustomGraphPass, compile_fx, inductor_option_names, unset_fake_temporarily
+from ._compat import (
+    CustomGraphPass,
+    check_strides_every_call,
+    compile_fx,
+    inductor_option_names,
+    unset_fake_temporarily,
+)
 from .attachments import make_unit_major, note_compiled
 from .dump import Dump
 from .errors import OptionError
@@ -109,6 +115,7 @@ def _relayout_after_first_call(compiled: Compiled, relayout: tuple) -> Compiled:
     """
     if not relayout:
         return compiled
+    check_strides_every_call()
     pending = list(relayout)
 
     def call(*args: Any) -> Any:

@@ -30,6 +30,7 @@ from .predictors import (
     fit_predictors,
     measure,
     rank_for_budget,
+    shared_threshold_curve,
     threshold_curve,
 )
 
@@ -103,8 +104,9 @@ def _carrier(record: Recording) -> torch.Tensor:
 
 def _rank(record: Recording, source: Recording) -> int:
     width = source.source[0].shape[1]
+    int8 = 1
     return rank_for_budget(
-        record.site.bytes_dense, width, record.site.units, record.weight.element_size(), PREDICTOR_BUDGET
+        record.site.bytes_dense, width, record.site.units, int8, PREDICTOR_BUDGET
     )
 
 
@@ -128,19 +130,25 @@ def _fit(
     jobs: Sequence[tuple[Recording, Recording, int]], lookahead: int, seed: int, progress: Progress
 ) -> list[SiteRecord]:
     """Predictors for (site, source site, rank), all trained together."""
+    if not jobs:
+        return []
     examples = [_examples(record, source) for record, source, _ in jobs]
     split = [e.split(HELD_OUT) for e in examples]
     fitted = fit_predictors(
         [fit for fit, _ in split], [rank for *_, rank in jobs], seed=seed, progress=progress
     )
+    fitted = [predictor.quantized() for predictor in fitted]
+    # One threshold for all sites: scores are in one unit, so each site gets the density that it needs.
+    curve = shared_threshold_curve(
+        predictor.score(held_out.source)
+        for predictor, (_, held_out) in zip(fitted, split, strict=True)
+    )
     records = []
-    for (record, source, _), (_, held_out), predictor in zip(jobs, split, fitted, strict=True):
-        stored = predictor.cast(record.weight.dtype)
-        curve = threshold_curve(stored.score(held_out.source))
+    for (record, source, _), predictor in zip(jobs, fitted, strict=True):
         records.append(
             dataclasses.replace(
                 _record(record, Policy.PREDICT, curve),
-                predictor=stored,
+                predictor=predictor,
                 source=source.site.name,
                 lookahead=lookahead,
             )
@@ -172,7 +180,7 @@ class _Magnitude(Predictor):
 
     def __init__(self) -> None:
         empty = torch.empty(0)
-        super().__init__(empty, empty, empty)
+        super().__init__(empty, empty, empty, empty)
 
     def score(self, source: torch.Tensor) -> torch.Tensor:
         """The source itself."""

@@ -91,14 +91,16 @@ class SiteExamples:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictor:
-    """score = up @ (down @ source) + bias.
+    """score = scale * (up @ (down @ source)) + bias.
 
-    down [rank, source width] and up [units, rank] of one dtype, bias [units] fp32.
+    down [rank, source width] and up [units, rank] of one dtype, int8 once `quantized`; bias and
+    scale [units] fp32.
     """
 
     down: Tensor
     up: Tensor
     bias: Tensor
+    scale: Tensor
 
     @property
     def rank(self) -> int:
@@ -107,11 +109,29 @@ class Predictor:
     def score(self, source: Tensor) -> Tensor:
         """Scores [..., units] in fp32, whatever dtype the two matrices are stored in."""
         inner = F.linear(source.float(), self.down.float())
-        return F.linear(inner, self.up.float(), self.bias)
+        return F.linear(inner, self.up.float()) * self.scale + self.bias
 
-    def cast(self, dtype: torch.dtype) -> Predictor:
-        """The predictor as it will be stored, bias in fp32. Set thresholds with this one."""
-        return Predictor(self.down.to(dtype), self.up.to(dtype), self.bias)
+    def quantized(self) -> Predictor:
+        """The predictor as it is stored and run: both matrices int8. Set thresholds with this one.
+
+        A row of `down` has one scale, which moves into the columns of `up`; a row of `up` has one,
+        which is kept. Twice the rank for the same bytes is worth far more than the rounding costs.
+        """
+        down, down_scale = _to_int8(self.down.float())
+        up, up_scale = _to_int8(self.up.float() * down_scale)
+        return Predictor(down, up, self.bias, self.scale * up_scale)
+
+    def selector_bias(self, threshold: float) -> Tensor:
+        """b such that `score > threshold` is `up @ (down @ source) + b > 0`, [units] fp32."""
+        # A finite stand-in for -inf, a threshold that everything passes: inf - inf is nothing.
+        threshold = max(threshold, -1e30)
+        return (self.bias - threshold) / self.scale
+
+
+def _to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric, one scale a row: `matrix` is about `quantized * scale[:, None]`."""
+    scale = (matrix.abs().amax(dim=1) / 127).clamp(min=1e-12)
+    return (matrix / scale[:, None]).round().to(torch.int8), scale
 
 
 def _contribution(hidden: Tensor, column_norm: Tensor) -> Tensor:
@@ -272,7 +292,7 @@ def _descend(
 def _fold(site: _Prepared, down: Tensor, up: Tensor, bias: Tensor) -> Predictor:
     """Move the standardisation of the source into `down` and `bias`."""
     folded = down / site.scale
-    return Predictor(folded, up.clone(), bias - up @ (folded @ site.mean))
+    return Predictor(folded, up.clone(), bias - up @ (folded @ site.mean), torch.ones_like(bias))
 
 
 def fit_predictors(

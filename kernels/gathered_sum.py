@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op, triton_op
 
-from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
+from ._triton import cdiv, empty, jit, power_of_2, tl, wrap_triton
 from .rows import CPU_DENSE_ABOVE
 
 
@@ -59,10 +59,9 @@ def _sum_kernel(
 
 
 def sum_config(n: int, d: int) -> dict[str, int]:
-    """About four programs a multiprocessor; each split long enough to have loads in flight."""
+    """Wide columns, and as many splits as keep a few slots each: measured on an H200 at d 4096 to 9216."""
     block_d = min(512, power_of_2(d))
-    columns = cdiv(d, block_d)
-    splits = max(1, min(cdiv(4 * PROCESSORS, columns), cdiv(n, 64), 128))
+    splits = min(64, cdiv(n, 64))
     return {"BLOCK_J": 16, "BLOCK_D": block_d, "num_warps": 4, "splits": splits}
 
 

@@ -68,7 +68,7 @@ def _(source: Tensor, down: Tensor, up: Tensor, bias: Tensor):
     if not source.is_cuda:
         return index, count, source.new_empty(0), index.new_empty(0), index.new_empty(0)
     segments = cdiv(n, SEGMENT)
-    splits = num_splits(rank, source.shape[1], 4)
+    splits = num_splits(rank, source.shape[1])
     inner = source.new_empty(splits, source.shape[0], rank, dtype=torch.float32)
     local = index.new_empty(segments * SEGMENT)
     return index, count, inner, local, index.new_empty(segments)

@@ -25,6 +25,15 @@ def select_reference(source: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> 
 
 
 @jit
+def _widened(weight):
+    """A tile of predictor weights in fp32. An int8 goes through bf16, which holds it exactly and which
+    Hopper reaches by bit tricks: its plain conversion to fp32 has a fraction of the throughput."""
+    if weight.dtype == tl.int8:
+        weight = weight.to(tl.bfloat16)
+    return weight.to(tl.float32)
+
+
+@jit
 def _inner_kernel(
     source_ptr, down_ptr, inner_ptr, rank, width, chunk,
     TOKENS: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -41,10 +50,8 @@ def _inner_kernel(
             at = start + column
             inside = (at < width) & (at < split * chunk + chunk)
             x = tl.load(source_ptr + token * width + at, mask=inside, other=0.0).to(tl.float32)
-            w = tl.load(
-                base + at[None, :], mask=(row[:, None] < rank) & inside[None, :], other=0.0
-            ).to(tl.float32)
-            total += w * x[None, :]
+            w = tl.load(base + at[None, :], mask=(row[:, None] < rank) & inside[None, :], other=0)
+            total += _widened(w) * x[None, :]
         out = (split * TOKENS + token) * rank + row
         tl.store(inner_ptr + out, tl.sum(total, axis=1), mask=row < rank)
 
@@ -66,23 +73,24 @@ def _score_kernel(
         total = tl.zeros([SEGMENT, BLOCK_R], dtype=tl.float32)
         for start in range(0, rank, BLOCK_R):
             at = start + column
-            w = tl.load(
-                base + at[None, :], mask=(unit[:, None] < n) & (at[None, :] < rank), other=0.0
-            ).to(tl.float32)
+            w = tl.load(base + at[None, :], mask=(unit[:, None] < n) & (at[None, :] < rank), other=0)
             z = tl.zeros([BLOCK_R], dtype=tl.float32)
             for split in tl.static_range(SPLITS):
                 part = (split * TOKENS + token) * rank + at
                 z += tl.load(inner_ptr + part, mask=at < rank, other=0.0)
-            total += w * z[None, :]
+            total += _widened(w) * z[None, :]
         score = tl.sum(total, axis=1) + bias
         keep = keep | tl.where(score <= 0.0, 0, 1)
     keep = tl.where(unit < n, keep, 0)
     list_segment(keep, unit, local_ptr, counts_ptr, segment, n, SEGMENT)
 
 
-def num_splits(rank: int, width: int, block_r: int) -> int:
-    """Chunks of the source, so that the first launch has about two programs a multiprocessor."""
-    return max(1, min(cdiv(2 * PROCESSORS, cdiv(rank, block_r)), cdiv(width, 2048), 8))
+BLOCK_RANK = 2  # rows of `down` that one program reads
+
+
+def num_splits(rank: int, width: int) -> int:
+    """Chunks of the source, so that the first launch has about four programs a multiprocessor."""
+    return max(1, min(cdiv(4 * PROCESSORS, cdiv(rank, BLOCK_RANK)), cdiv(width, 2048), 8))
 
 
 def launch_select(
@@ -94,17 +102,16 @@ def launch_select(
     """
     source = source.contiguous()
     (tokens, width), (n, rank) = source.shape, up.shape
-    block_r = 4
-    splits = num_splits(rank, width, block_r)
+    splits = num_splits(rank, width)
     block_s = min(2048, power_of_2(width))
     chunk = cdiv(cdiv(width, splits), block_s) * block_s
     segments = cdiv(n, SEGMENT)
     inner = empty(splits, tokens, rank, like=source, dtype=torch.float32)
     local = empty(segments * SEGMENT, like=source, dtype=torch.int32)
     counts = empty(segments, like=source, dtype=torch.int32)
-    kernels[0][(cdiv(rank, block_r), splits)](
+    kernels[0][(cdiv(rank, BLOCK_RANK), splits)](
         source, down, inner, rank, width, chunk,
-        TOKENS=tokens, BLOCK_R=block_r, BLOCK_S=block_s, num_warps=4,
+        TOKENS=tokens, BLOCK_R=BLOCK_RANK, BLOCK_S=block_s, num_warps=4,
     )  # fmt: skip
     kernels[1][(segments,)](
         inner, up, bias, local, counts, n, rank,

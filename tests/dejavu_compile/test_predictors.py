@@ -120,9 +120,55 @@ def test_sites_fitted_together_equal_sites_fitted_alone():
 def test_bf16_examples_give_fp32_predictors():
     predictor = fit_predictors([planted(0, dtype=torch.bfloat16)], [8], seed=0, steps=2)[0]
     assert {predictor.down.dtype, predictor.up.dtype, predictor.bias.dtype} == {torch.float32}
-    stored = predictor.cast(torch.bfloat16)
-    assert (stored.down.dtype, stored.bias.dtype) == (torch.bfloat16, torch.float32)
+    stored = predictor.quantized()
+    assert (stored.down.dtype, stored.up.dtype) == (torch.int8, torch.int8)
+    assert (stored.bias.dtype, stored.scale.dtype) == (torch.float32, torch.float32)
     assert stored.score(torch.ones(2, WIDTH, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_quantized_predictor_scores_as_the_fp32_one_does(fitted):
+    predictor, held_out = fitted
+    exact, rounded = (p.score(held_out.source) for p in (predictor, predictor.quantized()))
+    assert (rounded - exact).norm() < 0.02 * (exact - exact.mean()).norm()
+    threshold = threshold_for_density(exact, 0.2)
+    assert ((exact > threshold) != (rounded > threshold)).float().mean() < 0.01
+
+
+def test_quantized_weights_are_the_fp32_ones_to_half_a_step(fitted):
+    """With the row scales of `down` moved into `up`, the product is that of the rounded matrices."""
+    predictor, _ = fitted
+    stored = predictor.quantized()
+    assert stored.down.abs().amax(dim=1).eq(127).all()
+    assert stored.up.abs().amax(dim=1).eq(127).all()
+    step = predictor.down.double().abs().amax(dim=1) / 127
+    down = stored.down.double() * step[:, None]
+    assert ((down - predictor.down.double()).abs() <= 0.5001 * step[:, None]).all()
+    up = stored.up.double() * stored.scale.double()[:, None] / step
+    step_up = (predictor.up.double() * step).abs().amax(dim=1, keepdim=True) / 127 / step
+    assert ((up - predictor.up.double()).abs() <= 0.5001 * step_up).all()
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "int8"])
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.9])
+def test_selector_bias_says_score_above_threshold(fitted, quantized, density):
+    predictor, held_out = fitted
+    predictor = predictor.quantized() if quantized else predictor
+    score = predictor.score(held_out.source)
+    threshold = threshold_for_density(score, density)
+    inner = held_out.source.double() @ predictor.down.double().T
+    selector = inner @ predictor.up.double().T + predictor.selector_bias(threshold).double()
+    clear = (score - threshold).abs() > 1e-4
+    assert torch.equal((selector > 0)[clear], (score > threshold)[clear])
+    assert clear.float().mean() > 0.99
+
+
+def test_selector_bias_of_minus_infinity_selects_everything_and_stays_finite(fitted):
+    predictor, held_out = fitted
+    predictor = predictor.quantized()
+    bias = predictor.selector_bias(-math.inf)
+    assert bias.isfinite().all()
+    inner = held_out.source @ predictor.down.float().T
+    assert (inner @ predictor.up.float().T + bias > 0).all()
 
 
 def test_dead_units_and_dead_channels_stay_finite():
