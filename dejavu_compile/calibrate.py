@@ -104,10 +104,11 @@ def _carrier(record: Recording) -> torch.Tensor:
 
 def _rank(record: Recording, source: Recording) -> int:
     width = source.source[0].shape[1]
+    # Counted at 2 bytes a weight at most, so that what is fitted in fp32 keeps its promise in bf16.
+    itemsize = record.weight.element_size()
+    dense_bytes = record.site.bytes_dense * min(itemsize, 2) // itemsize
     int8 = 1
-    return rank_for_budget(
-        record.site.bytes_dense, width, record.site.units, int8, PREDICTOR_BUDGET
-    )
+    return rank_for_budget(dense_bytes, width, record.site.units, int8, PREDICTOR_BUDGET)
 
 
 def _held_out(values: torch.Tensor) -> torch.Tensor:
