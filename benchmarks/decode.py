@@ -9,89 +9,25 @@ Bytes are weights read, predictors included; the floor is those bytes at the dev
 """
 
 import argparse
-import gc
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import (
+
+import dejavu_compile as dv
+from dejavu_compile.bench import (
     COPY_BANDWIDTH,
-    RESULTS,
-    DecodeStep,
     attach_random_predictors,
     build,
     environment,
+    measure,
     mlp_weights,
-    time_us,
+    oracle_logits,
+    weight_bytes,
     write,
 )
-from torch import nn
 
-import dejavu_compile as dv
-from dejavu_compile._compat import compile_counters
-
-
-def oracle_logits(model: nn.Module, chosen: list[torch.Tensor], length: int) -> torch.Tensor:
-    """The eager step with the hidden units outside `chosen` zeroed before each output projection."""
-    outs = {id(out): units for (_, out), units in zip(mlp_weights(model), chosen, strict=True)}
-    handles = []
-    step = DecodeStep(model, model.forward, length)
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module.weight) in outs:
-            mask = torch.zeros(module.in_features, dtype=module.weight.dtype, device=module.weight.device)
-            mask[outs[id(module.weight)].to(mask.device)] = 1
-
-            def zero(_: nn.Module, args: tuple, mask: torch.Tensor = mask) -> tuple:
-                return (args[0] * mask,)
-
-            handles.append(module.register_forward_pre_hook(zero))
-    logits = step().float().clone()
-    for handle in handles:
-        handle.remove()
-    return logits
-
-
-def weight_bytes(model: nn.Module, density: float | None) -> int:
-    """Weights that one step reads: the embedding only through the head it is tied to."""
-    skip = {id(p) for n, p in model.named_parameters() if "embed_positions" in n}
-    total = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skip)
-    if model.config.tie_word_embeddings is False:
-        embeddings = model.get_input_embeddings().weight
-        total -= embeddings.numel() * embeddings.element_size()
-    if density is None:
-        return total
-    for into, out in mlp_weights(model)[1:]:
-        dense = sum(w.numel() * w.element_size() for w in (*into, out))
-        total -= round(dense * (1 - density - 0.05))
-    return total
-
-
-def measure(
-    model: nn.Module, provider: str, length: int, repeats: int, expected: torch.Tensor, **compile_args: Any
-) -> dict[str, Any]:
-    """Compile, check against the oracle, time, and count recompiles and skipped CUDA graphs."""
-    torch.compiler.reset()
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    started = time.monotonic()
-    step = DecodeStep(model, torch.compile(model.forward, **compile_args), length)
-    for _ in range(4):
-        step.reset()
-        logits = step().float().clone()
-    compile_s = time.monotonic() - started
-    error = ((logits - expected).norm() / expected.norm()).item()
-    before = compile_counters()
-    together = 10 if torch.cuda.is_available() else 1
-    assert repeats * together <= length - step.start - 32, "the cache is too short for so many steps"
-    step.reset()
-    times = time_us(step, repeats, together=together)
-    after = compile_counters()
-    return {
-        "provider": provider, "error": error, "compile_s": compile_s, **times,
-        "recompiles": after["graphs"] - before["graphs"], "cudagraph_skips": after["cudagraph_skips"],
-    }  # fmt: skip
+RESULTS = Path(__file__).parent / "results"
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -168,10 +104,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=20, help="samples: of ten steps on CUDA, else of one")
+    parser.add_argument(
+        "--repeats", type=int, default=20, help="samples: of ten steps on CUDA, else of one"
+    )
     parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], default="bf16")
-    parser.add_argument("--modes", nargs="*", default=["reduce-overhead", "default", "max-autotune"])
-    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=["inline", "side_stream"])
+    parser.add_argument(
+        "--modes", nargs="*", default=["reduce-overhead", "default", "max-autotune"]
+    )
+    parser.add_argument(
+        "--variants", nargs="*", choices=VARIANTS, default=["inline", "side_stream"]
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     args = parser.parse_args()
     print(environment(), flush=True)

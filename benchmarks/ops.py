@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import COPY_BANDWIDTH, RESULTS, environment, time_us, write
 
 from dejavu_compile import kernels as dk
+from dejavu_compile.bench import COPY_BANDWIDTH, environment, time_us, write
 from dejavu_compile.kernels.gathered_sum import _sum_kernel, launch_sum, sum_config
 from dejavu_compile.kernels.rows import _rows_kernel, launch_rows, rows_config
 from dejavu_compile.kernels.select import _inner_kernel, _score_kernel, launch_select
 from dejavu_compile.kernels.selection import scatter_kernel
 from dejavu_compile.predictors import rank_for_budget
 
-SHAPES = {"4096": (4096, 16384), "7168": (7168, 28672), "9216": (9216, 36864), "12288": (12288, 49152)}
+RESULTS = Path(__file__).parent / "results"
+SHAPES = {
+    "4096": (4096, 16384),
+    "7168": (7168, 28672),
+    "9216": (9216, 36864),
+    "12288": (12288, 49152),
+}
 
 
 class Layers:
@@ -110,7 +116,9 @@ def cases(w: Layers) -> dict[str, tuple[Callable[[int], Any], float]]:
 
 def check(w: Layers) -> None:
     """Every launcher against its reference."""
-    index, count, *_ = launch_select((_inner_kernel, _score_kernel, scatter_kernel), w.x, w.down[0], w.up[0], w.score_bias)
+    index, count, *_ = launch_select(
+        (_inner_kernel, _score_kernel, scatter_kernel), w.x, w.down[0], w.up[0], w.score_bias
+    )
     torch.testing.assert_close(index, w.selection[0])
     assert int(count) == w.count
     got = launch_rows(_rows_kernel, w.x, w.into[0], w.bias_n, w.selection, "relu")
@@ -120,14 +128,21 @@ def check(w: Layers) -> None:
     want = dk.gathered_sum_reference(w.hidden, w.out[0], *w.selection, True)[0]
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     got = launch_rows(_rows_kernel, w.x, w.square[0], w.bias_d, None, "identity")
-    torch.testing.assert_close(got, torch.nn.functional.linear(w.x, w.square[0], w.bias_d), rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(
+        got, torch.nn.functional.linear(w.x, w.square[0], w.bias_d), rtol=2e-2, atol=2e-3
+    )
 
 
 def sweep(w: Layers, layers: int) -> None:
     """Print the best block sizes of each kernel at this shape."""
     found: dict[str, list[tuple[float, dict]]] = {"rows": [], "gemv": [], "sum": []}
     for j, bd, warps, waves in itertools.product((1, 2, 4), (1024, 2048, 4096), (4, 8), (8, 16)):
-        c = {"BLOCK_J": j, "BLOCK_D": bd, "num_warps": warps, "programs": min(132 * waves, -(-w.n // j))}
+        c = {
+            "BLOCK_J": j,
+            "BLOCK_D": bd,
+            "num_warps": warps,
+            "programs": min(132 * waves, -(-w.n // j)),
+        }
         found["rows"].append((graph_us(lambda i, c=c: launch_rows(
             _rows_kernel, w.x, w.into[i], w.bias_n, w.selection, "relu", config=c), layers), c))  # fmt: skip
     for j, bd, warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048), (4, 8)):
@@ -141,8 +156,15 @@ def sweep(w: Layers, layers: int) -> None:
             _sum_kernel, w.hidden, w.out[i], *w.selection, True, config=c), layers), c))  # fmt: skip
     for name, results in found.items():
         results.sort(key=lambda r: r[0])
-        print(name, w.d, *(f"\n    {us:6.2f} us {c}" for us, c in [*results[:4], results[-1]]), flush=True)
-    print("defaults", rows_config(w.n, w.d, True), rows_config(w.d, w.d, False), sum_config(w.n, w.d))
+        print(
+            name,
+            w.d,
+            *(f"\n    {us:6.2f} us {c}" for us, c in [*results[:4], results[-1]]),
+            flush=True,
+        )
+    print(
+        "defaults", rows_config(w.n, w.d, True), rows_config(w.d, w.d, False), sum_config(w.n, w.d)
+    )
 
 
 def main() -> None:
@@ -162,8 +184,13 @@ def main() -> None:
         for name, (body, num_bytes) in cases(w).items():
             us = graph_us(body, args.layers)
             share = num_bytes / COPY_BANDWIDTH * 1e6 / us
-            rows.append({"shape": shape, "op": name, "us": us, "bytes": num_bytes, "share_of_floor": share})
-            print(f"{shape:>6} {name:<14}{us:8.2f} us {num_bytes / 1e6:9.2f} MB {share:6.0%}", flush=True)
+            rows.append(
+                {"shape": shape, "op": name, "us": us, "bytes": num_bytes, "share_of_floor": share}
+            )
+            print(
+                f"{shape:>6} {name:<14}{us:8.2f} us {num_bytes / 1e6:9.2f} MB {share:6.0%}",
+                flush=True,
+            )
         if args.sweep:
             sweep(w, args.layers)
     write(args.out, {"density": args.density, "rows": rows})

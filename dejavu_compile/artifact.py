@@ -49,6 +49,7 @@ class SiteRecord:
     layer: int
     units: int
     policy: Policy
+    num_weights: int
     fingerprint: str
     curve: ThresholdCurve
     layouts: tuple[WeightLayout, ...] = ()
@@ -62,6 +63,16 @@ class SiteRecord:
     def threshold(self) -> float:
         """The score (or gate magnitude) above which a unit is selected, at this record's density."""
         return self.curve.at(self.density)
+
+    @property
+    def predictor_share(self) -> float:
+        """Bytes of the predictor's matrices as a share of the dense site's, at 2 bytes a weight."""
+        if self.predictor is None:
+            return 0.0
+        stored = sum(
+            t.numel() * t.element_size() for t in (self.predictor.down, self.predictor.up)
+        )
+        return stored / (2 * self.num_weights)
 
     def with_metrics(self, metrics: SiteMetrics) -> "SiteRecord":
         """The record with what was measured on held-out tokens."""
@@ -83,6 +94,7 @@ class SiteRecord:
         """For JSON; predictors go to safetensors."""
         return {
             "name": self.name, "layer": self.layer, "units": self.units, "policy": str(self.policy),
+            "num_weights": self.num_weights,
             "fingerprint": self.fingerprint, "density": self.density, "source": self.source,
             "lookahead": self.lookahead, "threshold": _json_float(self.threshold),
             "rank": self.predictor.rank if self.predictor is not None else 0,
@@ -117,7 +129,8 @@ class Calibration:
         """Mean share of units kept, weighted by units, layers that stay dense counted in full."""
         total = sum(s.units for s in self.sites)
         kept = sum(
-            s.units * (s.metrics.density if s.metrics is not None else s.density) for s in self.sites
+            s.units * (s.metrics.density if s.metrics is not None else s.density)
+            for s in self.sites
         )
         return kept / total if total else 1.0
 
@@ -299,7 +312,9 @@ def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: P
         for part in ("down", "up", "bias", "scale"):
             tensor = tensors.get(f"{name}.{part}")
             if tensor is None:
-                raise ArtifactError(f"{path} lacks the predictor of {name}", expected=f"{name}.{part}")
+                raise ArtifactError(
+                    f"{path} lacks the predictor of {name}", expected=f"{name}.{part}"
+                )
             if tensor.is_floating_point() and not tensor.isfinite().all():
                 raise ArtifactError(
                     f"the predictor of {name} in {path} holds NaN or inf", fix="calibrate again"
@@ -310,6 +325,7 @@ def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: P
     metrics = config["metrics"]
     return SiteRecord(
         name=name, layer=config["layer"], units=config["units"], policy=Policy(config["policy"]),
+        num_weights=config["num_weights"],
         fingerprint=config["fingerprint"], density=config["density"], source=config["source"],
         lookahead=config["lookahead"], predictor=predictor,
         metrics=SiteMetrics(**metrics) if metrics else None,
@@ -327,14 +343,20 @@ def read(path: str | Path) -> Calibration:
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
-            f"{folder / TENSORS} can't be read", found=str(error), fix="save or copy the artifact again"
+            f"{folder / TENSORS} can't be read",
+            found=str(error),
+            fix="save or copy the artifact again",
         ) from None
     try:
         sites = tuple(_site_from(site, tensors, folder / TENSORS) for site in config["sites"])
         quality = config["quality"]
         if quality is not None:
-            quality = Evaluation(**{f.name: quality[f.name] for f in dataclasses.fields(Evaluation)})
-        return Calibration(sites, config["model_class"], config["seed"], config["data_hash"], quality)
+            quality = Evaluation(
+                **{f.name: quality[f.name] for f in dataclasses.fields(Evaluation)}
+            )
+        return Calibration(
+            sites, config["model_class"], config["seed"], config["data_hash"], quality
+        )
     except (KeyError, TypeError) as error:
         raise ArtifactError(
             f"{folder / CONFIG} is incomplete", found=f"no usable {error}", fix="calibrate again"

@@ -1,6 +1,6 @@
 """The backends `dejavu` and `dejavu_eager`: the pipeline, as one visible list.
 
-    capture (Dynamo) -> normalize -> find sites -> plan -> rewrite -> schedule -> Inductor
+capture (Dynamo) -> normalize -> find sites -> plan -> rewrite -> schedule -> Inductor
 """
 
 import hashlib
@@ -122,7 +122,9 @@ def _relayout_after_first_call(compiled: Compiled, relayout: tuple) -> Compiled:
         result = compiled(*args)
         while pending:
             position, layout = pending.pop()
-            make_unit_major(args[position], layout.contracted, produces_units=layout.produces_units)
+            make_unit_major(
+                args[position], layout.contracted, produces_units=layout.produces_units
+            )
         return result
 
     return call

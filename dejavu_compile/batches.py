@@ -52,7 +52,11 @@ def check_batches(
         given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
         ids = given.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
-            kind = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, torch.Tensor) else repr(type(ids))
+            kind = (
+                f"{tuple(ids.shape)} {ids.dtype}"
+                if isinstance(ids, torch.Tensor)
+                else repr(type(ids))
+            )
             raise CalibrationError(
                 f"batch {number} has no usable input_ids", found=kind, expected="integers [B, T]"
             )

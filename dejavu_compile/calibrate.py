@@ -123,6 +123,7 @@ def _record(recording: Recording, policy: Policy, curve: ThresholdCurve) -> Site
     )  # fmt: skip
     return SiteRecord(
         name=site.name, layer=site.layer, units=site.units, policy=policy,
+        num_weights=site.bytes_dense // recording.weight.element_size(),
         fingerprint=fingerprint(recording.weight), curve=curve, layouts=layouts,
     )  # fmt: skip
 
@@ -196,7 +197,11 @@ def _data_hash(batches: Sequence[Batch]) -> str:
 
 
 def _to_budget(
-    model: nn.Module, calibration: Calibration, batches: list[Batch], budget: float, progress: Progress
+    model: nn.Module,
+    calibration: Calibration,
+    batches: list[Batch],
+    budget: float,
+    progress: Progress,
 ) -> Calibration:
     """The lowest density of the grid that keeps perplexity within `budget` of dense, by bisection.
 
@@ -252,15 +257,21 @@ def calibrate(
     if policy not in policies:
         raise OptionError(f"unknown policy {policy!r}", expected=f"one of {', '.join(policies)}")
     if density is not None and not 0 < density <= 1:
-        raise OptionError("density is out of range", found=str(density), expected="0 < density <= 1")
+        raise OptionError(
+            "density is out of range", found=str(density), expected="0 < density <= 1"
+        )
     if lookahead < 1:
-        raise OptionError("lookahead is out of range", found=str(lookahead), expected="at least 1 layer")
+        raise OptionError(
+            "lookahead is out of range", found=str(lookahead), expected="at least 1 layer"
+        )
     check_model(model, "calibrate")
     checked = check_batches(model, batches)
     held = max(1, len(checked) // 6) if len(checked) > 1 else 0
     learn, judge = (checked[:-held], checked[-held:]) if held else (checked, checked)
     if not held:
-        log.warning("calibrating on a single batch: quality is measured on the text that was learnt from")
+        log.warning(
+            "calibrating on a single batch: quality is measured on the text that was learnt from"
+        )
     bars = _Bars(progress)
     try:
         recordings = collect(model, learn, max_tokens=MAX_TOKENS, progress=bars)
@@ -316,5 +327,3 @@ def _with_metrics(calibration: Calibration, recordings: Sequence[Recording]) -> 
         _measured(record, by_name[record.name], by_name.get(record.source))
         for record in calibration.sites
     )
-
-

@@ -40,7 +40,9 @@ class Recording:
 class _Recorder(fx.Interpreter):
     """Runs a normalised graph eagerly and hands over the values that were asked for."""
 
-    def __init__(self, gm: fx.GraphModule, wanted: dict[fx.Node, Callable[[torch.Tensor], None]]) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, wanted: dict[fx.Node, Callable[[torch.Tensor], None]]
+    ) -> None:
         super().__init__(gm)
         self._wanted = wanted
 
@@ -59,7 +61,9 @@ class Collector:
         self.recordings: dict[int, Recording] = {}
         self.keep: torch.Tensor | None = None  # mask over this batch's tokens
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
+    ) -> Callable[..., Any]:
         """Find the sites of a captured graph; the result records them at each call."""
         normalize(gm, example_inputs)
         inputs = dict(
@@ -120,7 +124,11 @@ def collect(
                     fix="dv.explain(model, input_ids) says why each projection stays dense",
                 )
             per_token = sum(
-                sum(v[0].shape[1] * v[0].element_size() for v in (r.source, r.hidden, r.carrier) if v)
+                sum(
+                    v[0].shape[1] * v[0].element_size()
+                    for v in (r.source, r.hidden, r.carrier)
+                    if v
+                )
                 for r in collector.recordings.values()
             )
             if tokens >= min(max_tokens, MEMORY_BUDGET // per_token):

@@ -67,7 +67,9 @@ class SiteCost:
         if policy is Policy.DENSE:
             return 1.0
         solve = _break_even(policy)
-        value = solve(self.units, self.bytes_per_unit, self.carrier_bytes_per_unit, self.predictor_bytes)
+        value = solve(
+            self.units, self.bytes_per_unit, self.carrier_bytes_per_unit, self.predictor_bytes
+        )
         return float(value)
 
 

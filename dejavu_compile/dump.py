@@ -24,7 +24,13 @@ class Dump:
         """Record the graph as it is after pass `name`."""
         elapsed_ms = 1e3 * (time.perf_counter() - self._last)
         step = next(self._step)
-        log.debug("graph %d: %s took %.0f ms, %d nodes", self._number, name, elapsed_ms, len(gm.graph.nodes))
+        log.debug(
+            "graph %d: %s took %.0f ms, %d nodes",
+            self._number,
+            name,
+            elapsed_ms,
+            len(gm.graph.nodes),
+        )
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{self._number:03d}-{step:02d}-{name}.py"

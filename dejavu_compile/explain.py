@@ -50,13 +50,28 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """For JSON (NaN as None)."""
         sites = [
-            {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(s).items()}
+            {
+                k: None if isinstance(v, float) and math.isnan(v) else v
+                for k, v in asdict(s).items()
+            }
             for s in self.sites
         ]
         return {"sites": sites, "unmatched": [asdict(u) for u in self.unmatched]}
 
     def __str__(self) -> str:
-        rows = [("site", "kind", "units", "policy", "density", "break-even", "MB dense", "MB sparse", "why")]
+        rows = [
+            (
+                "site",
+                "kind",
+                "units",
+                "policy",
+                "density",
+                "break-even",
+                "MB dense",
+                "MB sparse",
+                "why",
+            )
+        ]
         for s in self.sites:
             density = "" if math.isnan(s.density) else f"{s.density:.2f}"
             rows.append(
@@ -64,7 +79,10 @@ class Report:
                  f"{s.bytes_dense / 1e6:.2f}", f"{s.bytes_sparse / 1e6:.2f}", s.reason)
             )  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-        lines = ["  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]]) for row in rows]
+        lines = [
+            "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]])
+            for row in rows
+        ]
         if self.unmatched:
             width = max(len(u.name) for u in self.unmatched)
             lines += ["", "dense projections"]
@@ -92,7 +110,9 @@ class _Explainer:
         self.options = options
         self.seen: list[tuple[Found, Plan]] = []
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
+    ) -> Callable[..., Any]:
         prepared = prepare(gm, example_inputs, self.options)
         self.seen.append((prepared.found, prepared.plan))
         return gm.forward
@@ -110,6 +130,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
     for found, plan in explainer.seen:
         report.sites.extend(_site_report(site) for site in plan.sites)
         report.unmatched.extend(
-            UnmatchedReport(u.projection.name, u.reason, u.projection.num_bytes) for u in found.unmatched
+            UnmatchedReport(u.projection.name, u.reason, u.projection.num_bytes)
+            for u in found.unmatched
         )
     return report

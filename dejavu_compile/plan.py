@@ -160,7 +160,9 @@ def _decide(
             if policy is Policy.PREDICT:
                 source = _source(attachment, site, sites)
             if not masked and cost.bytes(policy, density, tokens) >= cost.bytes(Policy.DENSE, 1.0):
-                raise _StayDenseError(f"at density {density:.2f} it would read more than dense does")
+                raise _StayDenseError(
+                    f"at density {density:.2f} it would read more than dense does"
+                )
         if not masked:
             wanted = [
                 layout

@@ -63,8 +63,7 @@ def llama(hidden: int, ffn: int, layers: int, heads: int) -> LlamaForCausalLM:
 
 
 DECODERS = {
-    "opt-python-8m": lambda: opt(256, 1024, 8, 4),
-    "opt-python-8m-wide": lambda: opt(192, 1536, 9, 3),
+    "opt-python-8m": lambda: opt(192, 1536, 9, 3),
     "llama-python-8m": lambda: llama(256, 768, 8, 4),
 }
 
@@ -100,7 +99,9 @@ def collect() -> dict[str, list[str]]:
         if text is None or (digest := hashlib.sha256(text.encode()).digest()) in seen:
             continue
         seen.add(digest)
-        in_stdlib = path.is_relative_to(stdlib) and not {"site-packages", "dist-packages"} & set(path.parts)
+        in_stdlib = path.is_relative_to(stdlib) and not {"site-packages", "dist-packages"} & set(
+            path.parts
+        )
         shares[share_of(text, in_stdlib)].append(text)
     return shares
 
@@ -147,7 +148,9 @@ def make_corpus(out: Path) -> None:
     texts = shares["train"]
     order = np.random.default_rng(0).permutation(len(texts))
     chunks = [[texts[i] for i in part] for part in np.array_split(order, 256)]
-    with Pool(initializer=_load_tokenizer, initargs=(str(out / "tokenizer/tokenizer.json"),)) as pool:
+    with Pool(
+        initializer=_load_tokenizer, initargs=(str(out / "tokenizer/tokenizer.json"),)
+    ) as pool:
         tokens = np.concatenate(pool.map(_encode, chunks))
     np.save(out / "train.npy", tokens)
     summary = {
@@ -198,7 +201,9 @@ def train(out: Path, name: str, minutes: float, batch: int, peak_lr: float) -> N
     span = torch.arange(CONTEXT, device="cuda")
 
     def sample() -> torch.Tensor:
-        starts = torch.randint(len(tokens) - CONTEXT, (batch, 1), device="cuda", generator=generator)
+        starts = torch.randint(
+            len(tokens) - CONTEXT, (batch, 1), device="cuda", generator=generator
+        )
         return tokens[starts + span].long()
 
     loss_of(sample()).backward()  # compile outside the budget

@@ -15,7 +15,7 @@ try:
 except ImportError:
     HAS_TRITON = False
 
-    class tl:  # noqa: N801  stands for the module `triton.language`
+    class tl:
         """What kernel signatures name; bodies are never run."""
 
         constexpr = None

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ._triton import cdiv
 from .select import _inner_kernel, _score_kernel, launch_select, num_splits, select_cpu
 from .selection import SEGMENT, fake_selection, scatter_kernel
-from ._triton import cdiv
 
 
 @cache

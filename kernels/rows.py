@@ -42,7 +42,9 @@ def gathered_glu_reference(
     """A gated pair of `gathered_rows_reference`: act(gate) * up, rounded once at the end."""
     wide = x.float()
     a = gathered_rows_reference(wide, gate.float(), gate_bias, index, count, activation)
-    return (a * gathered_rows_reference(wide, up.float(), up_bias, index, count, "identity")).to(x.dtype)
+    return (a * gathered_rows_reference(wide, up.float(), up_bias, index, count, "identity")).to(
+        x.dtype
+    )
 
 
 @jit
@@ -59,20 +61,14 @@ def _rows_kernel(
 
     A program stops at the count, which it reads from the device; then it zeroes its share of the rest.
     """
-    if GATHER:
-        count = tl.load(count_ptr)
-    else:
-        count = n
+    count = tl.load(count_ptr) if GATHER else n
     programs = tl.num_programs(0)
     column = tl.arange(0, BLOCK_D)
     for block in range(tl.program_id(0), tl.cdiv(n, BLOCK_J), programs):
         slot = block * BLOCK_J + tl.arange(0, BLOCK_J)
         if block * BLOCK_J < count:
             live = slot < count
-            if GATHER:
-                unit = tl.load(index_ptr + slot, mask=live, other=0)
-            else:
-                unit = slot
+            unit = tl.load(index_ptr + slot, mask=live, other=0) if GATHER else slot
             row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride  # [BLOCK_J, 1]
             up_row = up_ptr + unit[:, None].to(tl.int64) * up_stride
             for token in tl.static_range(TOKENS):

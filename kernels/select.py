@@ -15,7 +15,9 @@ from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
 from .selection import SEGMENT, fake_selection, list_segment, listed, scatter, scatter_kernel
 
 
-def select_reference(source: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def select_reference(
+    source: Tensor, down: Tensor, up: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     """source [m, s]; down [r, s] and up [n, r] of its dtype or int8; bias [n] fp32. Scores in fp32.
 
     Returns a selection (see `selection`). A NaN score selects the unit, so that it stays visible.
@@ -77,7 +79,9 @@ def _score_kernel(
         total = tl.zeros([SEGMENT, BLOCK_R], dtype=tl.float32)
         for start in range(0, rank, BLOCK_R):
             at = start + column
-            w = tl.load(base + at[None, :], mask=(unit[:, None] < n) & (at[None, :] < rank), other=0)
+            w = tl.load(
+                base + at[None, :], mask=(unit[:, None] < n) & (at[None, :] < rank), other=0
+            )
             z = tl.zeros([BLOCK_R], dtype=tl.float32)
             for split in tl.static_range(SPLITS):
                 part = (split * TOKENS + token) * rank + at

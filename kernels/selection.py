@@ -35,9 +35,7 @@ def listed(keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @jit
-def list_segment(
-    keep, unit, local_ptr, counts_ptr, segment, n, SEGMENT: tl.constexpr
-):
+def list_segment(keep, unit, local_ptr, counts_ptr, segment, n, SEGMENT: tl.constexpr):
     """Write the kept units of one segment to the front of its part of `local`, and how many."""
     # keep, unit: [SEGMENT]
     kept = keep.to(tl.int32)

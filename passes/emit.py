@@ -50,7 +50,9 @@ class Emitter:
             add_static_buffer(self.gm, name, tensor)
         node = self.graph.get_attr(name)
         # Static: a symbol made here would have no source for Dynamo to guard on.
-        node.meta["val"] = tensor if self._mode is None else self._mode.from_tensor(tensor, static_shapes=True)
+        node.meta["val"] = (
+            tensor if self._mode is None else self._mode.from_tensor(tensor, static_shapes=True)
+        )
         return node
 
     def infer(self, node: fx.Node) -> None:

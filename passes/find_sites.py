@@ -10,7 +10,6 @@ Nothing here knows an architecture, and the graph is not changed. (design: "the 
 
 import operator
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -37,16 +36,21 @@ SAME_VALUE = {aten.detach.default, aten.alias.default}
 # --- projections -----------------------------------------------------------------------------------
 
 
+def _transposes(node: fx.Node, rank: int) -> bool:
+    """Swaps the two dims of a matrix, however it is spelled."""
+    if node.target is aten.transpose.int:
+        return {d % rank for d in node.args[1:3]} == {0, 1}
+    if node.target is aten.permute.default:
+        return [d % rank for d in node.args[1]] == [1, 0]
+    return node.target in TRANSPOSES
+
+
 def _parameter(node: object) -> tuple[fx.Node, bool] | None:
     """The 2-D parameter behind a weight argument, and whether it is transposed on the way."""
     transposed = False
     while isinstance(node, fx.Node) and node.op == "call_function":
         rank = len(shape_of(node) or ())
-        if node.target in TRANSPOSES:
-            transposed = not transposed
-        elif node.target is aten.transpose.int and {d % rank for d in node.args[1:3]} == {0, 1}:
-            transposed = not transposed
-        elif node.target is aten.permute.default and [d % rank for d in node.args[1]] == [1, 0]:
+        if _transposes(node, rank):
             transposed = not transposed
         elif node.target not in SAME_VALUE:
             return None
@@ -198,7 +202,11 @@ def _walk(output: Projection, escaping: set[fx.Node]) -> _Region:
             if known != dim:
                 raise _NoSiteError(NoSite.NOT_SEPARABLE, f"{node} is read along two of its axes")
             continue
-        if node in escaping or _rows(node, dim) is not None or node.op in ("placeholder", "get_attr"):
+        if (
+            node in escaping
+            or _rows(node, dim) is not None
+            or node.op in ("placeholder", "get_attr")
+        ):
             leaves[node] = dim
             continue
         inputs = separable_inputs(node, dim)
@@ -219,7 +227,8 @@ def _no_site(node: fx.Node, immediate: bool) -> _NoSiteError:
         )
     if node.target in ATTENTION or node.target is aten.matmul.default:
         return _NoSiteError(
-            NoSite.ATTENTION, f"its input comes from attention ({op}), which runs dense in this version"
+            NoSite.ATTENTION,
+            f"its input comes from attention ({op}), which runs dense in this version",
         )
     if immediate or "norm" in op or op.startswith(("add", "mean", "embedding")):
         return _NoSiteError(
@@ -233,20 +242,13 @@ VIEWS_THAT_SPLIT = {aten.view.default, aten.reshape.default, aten._unsafe_view.d
                     aten.flatten.using_ints}  # fmt: skip
 
 
-def _escapes(node: fx.Node, inside: Callable[[fx.Node], bool]) -> bool:
-    return any(not inside(user) for user in node.users)
-
-
 def _region(output: Projection) -> _Region:
     """The largest region in which no interior value is read from outside."""
     escaping: set[fx.Node] = set()
     while True:
         region = _walk(output, escaping)
-        found = {
-            node
-            for node in region.interior
-            if _escapes(node, lambda user: user in region.interior or user is output.node)
-        }
+        inside = {*region.interior, output.node}
+        found = {node for node in region.interior if not inside.issuperset(node.users)}
         if not found:
             return region
         escaping |= found
@@ -261,7 +263,7 @@ def _leaf(node: fx.Node, dim: int, region: _Region, output: Projection) -> Leaf:
     if node.op in ("placeholder", "get_attr") and len(shape_of(node)) == 1:
         return Leaf(LeafKind.VECTOR, node, dim)
     rows = _rows(node, dim)
-    if rows is None or dim != len(shape_of(node)) - 1 or _escapes(node, inside):
+    if rows is None or dim != len(shape_of(node)) - 1 or not all(map(inside, node.users)):
         return Leaf(LeafKind.DENSE, node, dim)
     # The pieces of a fused projection count as its own readers while each lies in the region.
     chain, pieces = set(rows.chain), [rows.projection.node]

@@ -89,7 +89,9 @@ def _static(node: fx.Node) -> tuple[int, ...]:
     return shape
 
 
-def _gathered(emit: Emitter, decision: Decision, chosen: _Selection, start: fx.Node | None) -> None:
+def _gathered(
+    emit: Emitter, decision: Decision, chosen: _Selection, start: fx.Node | None
+) -> None:
     """Replace the output projection. `start` is the carrier that `chosen` came from, if any."""
     site, units = decision.site, decision.site.units
     mapping: dict[fx.Node, fx.Node] = {}

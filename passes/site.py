@@ -13,7 +13,9 @@ class Policy(StrEnum):
     DENSE = "dense"  # all of them
     EXACT = "exact"  # those that the graph's own ReLU did not set to zero: loses nothing
     GATE = "gate"  # those whose activated gate passes a threshold (CATS)
-    PREDICT = "predict"  # those whose predictor score passes a threshold, one layer ahead (Deja Vu)
+    PREDICT = (
+        "predict"  # those whose predictor score passes a threshold, one layer ahead (Deja Vu)
+    )
 
 
 class Execution(StrEnum):

@@ -1,5 +1,9 @@
-"""What the benchmarks share: shapes, random-weight decoders, predictors of the real size, timing, JSON."""
+"""Speed of a decode step on decoders of published shapes, with random weights and predictors of real size.
 
+What `benchmarks/`, `dejavu bench` and the demo share: shapes, decoders, timing, JSON.
+"""
+
+import gc
 import json
 import platform
 import statistics
@@ -15,11 +19,12 @@ import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
 
-from dejavu_compile.attachments import Attachment, attach, fingerprint, make_unit_major
 from dejavu_compile.passes.site import Policy, PredictorWeights
-from dejavu_compile.predictors import rank_for_budget
 
-RESULTS = Path(__file__).parent / "results"
+from ._compat import compile_counters
+from .attachments import Attachment, attach, fingerprint, make_unit_major
+from .predictors import rank_for_budget
+
 COPY_BANDWIDTH = 4.27e12  # bytes/s, device-to-device copy measured on one H200
 
 
@@ -79,7 +84,9 @@ def mlp_weights(model: nn.Module) -> list[tuple[list[nn.Parameter], nn.Parameter
     ]
 
 
-def attach_random_predictors(model: nn.Module, density: float, budget: float = 0.05) -> list[torch.Tensor]:
+def attach_random_predictors(
+    model: nn.Module, density: float, budget: float = 0.05
+) -> list[torch.Tensor]:
     """Predictors of the real byte size that select a fixed random share of units, in all layers but the first.
 
     Their scores are the bias: the matrices are read in full, and their product, bounded, changes nothing.
@@ -122,7 +129,9 @@ def _int8(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
 class DecodeStep:
     """One decode step of a transformers model with a static cache of `length` slots, at batch `batch`."""
 
-    def __init__(self, model: nn.Module, forward: Callable[..., Any], length: int, batch: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, forward: Callable[..., Any], length: int, batch: int = 1
+    ) -> None:
         device = next(model.parameters()).device
         self.forward, self.start = forward, length // 2
         self.cache = StaticCache(config=model.config, max_cache_len=length)
@@ -182,6 +191,77 @@ def time_us(
     return {"p20": quantiles[1], "p50": statistics.median(samples), "p80": quantiles[7]}
 
 
+def oracle_logits(model: nn.Module, chosen: list[torch.Tensor], length: int) -> torch.Tensor:
+    """The eager step with the hidden units outside `chosen` zeroed before each output projection."""
+    outs = {id(out): units for (_, out), units in zip(mlp_weights(model), chosen, strict=True)}
+    handles = []
+    step = DecodeStep(model, model.forward, length)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and id(module.weight) in outs:
+            mask = torch.zeros(
+                module.in_features, dtype=module.weight.dtype, device=module.weight.device
+            )
+            mask[outs[id(module.weight)].to(mask.device)] = 1
+
+            def zero(_: nn.Module, args: tuple, mask: torch.Tensor = mask) -> tuple:
+                return (args[0] * mask,)
+
+            handles.append(module.register_forward_pre_hook(zero))
+    logits = step().float().clone()
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+def weight_bytes(model: nn.Module, density: float | None) -> int:
+    """Weights that one step reads: the embedding only through the head it is tied to."""
+    skip = {id(p) for n, p in model.named_parameters() if "embed_positions" in n}
+    total = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skip)
+    if model.config.tie_word_embeddings is False:
+        embeddings = model.get_input_embeddings().weight
+        total -= embeddings.numel() * embeddings.element_size()
+    if density is None:
+        return total
+    for into, out in mlp_weights(model)[1:]:
+        dense = sum(w.numel() * w.element_size() for w in (*into, out))
+        total -= round(dense * (1 - density - 0.05))
+    return total
+
+
+def measure(
+    model: nn.Module,
+    provider: str,
+    length: int,
+    repeats: int,
+    expected: torch.Tensor,
+    **compile_args: Any,
+) -> dict[str, Any]:
+    """Compile, check against the oracle, time, and count recompiles and skipped CUDA graphs."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    started = time.monotonic()
+    step = DecodeStep(model, torch.compile(model.forward, **compile_args), length)
+    for _ in range(4):
+        step.reset()
+        logits = step().float().clone()
+    compile_s = time.monotonic() - started
+    error = ((logits - expected).norm() / expected.norm()).item()
+    before = compile_counters()
+    together = 10 if torch.cuda.is_available() else 1
+    assert repeats * together <= length - step.start - 32, (
+        "the cache is too short for so many steps"
+    )
+    step.reset()
+    times = time_us(step, repeats, together=together)
+    after = compile_counters()
+    return {
+        "provider": provider, "error": error, "compile_s": compile_s, **times,
+        "recompiles": after["graphs"] - before["graphs"], "cudagraph_skips": after["cudagraph_skips"],
+    }  # fmt: skip
+
+
 def environment() -> dict[str, str]:
     """Machine, versions and commit, for the head of every result."""
     commit = subprocess.run(
@@ -201,4 +281,6 @@ def environment() -> dict[str, str]:
 def write(path: Path, result: dict[str, Any]) -> None:
     """Write JSON with the environment first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=1), encoding="utf-8")
+    path.write_text(
+        json.dumps({"environment": environment(), **result}, indent=1), encoding="utf-8"
+    )

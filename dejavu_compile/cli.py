@@ -1,0 +1,102 @@
+"""The `dejavu` command."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from .errors import DejavuError
+
+try:
+    import typer
+except ImportError:  # the extra is optional: the library itself needs neither typer nor rich
+    typer = None
+
+
+def _load(model: str, device: str) -> tuple:
+    """A model in eval mode and its tokenizer, from a folder or a hub id."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval(), tokenizer
+
+
+def _app() -> "typer.Typer":
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+    Model = Annotated[str, typer.Argument(help="a local folder or a hub id")]
+    Text = Annotated[Path, typer.Option(help="a UTF-8 text file", exists=True, dir_okay=False)]
+    Device = Annotated[str, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one")]
+
+    @app.command()
+    def demo() -> None:
+        """Make a small real decoder sparse, and show its words, its quality and the speed."""
+        from . import demo as module
+
+        module.run()
+
+    @app.command()
+    def explain(
+        model: Model, as_json: Annotated[bool, typer.Option("--json")] = False, device: Device = ""
+    ) -> None:
+        """Every projection of a decode step: what was done to it, and why not more."""
+        import torch
+
+        from .explain import explain as run
+
+        loaded, _ = _load(model, device)
+        ids = torch.zeros(1, 1, dtype=torch.long, device=next(loaded.parameters()).device)
+        report = run(loaded, input_ids=ids)
+        print(json.dumps(report.to_dict(), indent=1) if as_json else report)
+
+    @app.command()
+    def calibrate(
+        model: Model, text: Text, out: Annotated[Path, typer.Option(help="the artifact's folder")],
+        policy: str = "auto", max_ppl_increase: float = 0.01, density: float | None = None,
+        windows: int = 160, length: int = 512, seed: int = 0, device: Device = "",
+    ) -> None:  # fmt: skip
+        """Fit predictors and thresholds on a text, and save them."""
+        from .calibrate import calibrate as run
+        from .text import windows as read
+
+        loaded, tokenizer = _load(model, device)
+        batches = read(tokenizer, text, length=length, limit=windows)
+        result = run(
+            loaded,
+            batches,
+            policy=policy,
+            max_ppl_increase=max_ppl_increase,
+            density=density,
+            seed=seed,
+        )
+        result.save_pretrained(out)
+        print(result)
+
+    @app.command("eval")
+    def evaluate(
+        model: Model, text: Text, artifact: Annotated[Path, typer.Option()],
+        windows: int = 64, length: int = 512, device: Device = "",
+    ) -> None:  # fmt: skip
+        """Perplexity, KL and top-1 agreement with an artifact, against dense."""
+        from .artifact import load
+        from .evaluate import evaluate as run
+        from .text import windows as read
+
+        loaded, tokenizer = _load(model, device)
+        load(loaded, artifact)
+        print(run(loaded, read(tokenizer, text, length=length, limit=windows)))
+
+    return app
+
+
+def main() -> None:
+    """Entry point: a mistake of the user's is one clear message on stderr and exit code 2."""
+    if typer is None:
+        sys.exit("the dejavu command needs typer and rich: pip install 'dejavu-compile[cli]'")
+    try:
+        _app()()
+    except (DejavuError, OSError) as error:
+        print(f"dejavu: {error}", file=sys.stderr)
+        sys.exit(2)
