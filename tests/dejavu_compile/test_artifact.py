@@ -1,0 +1,223 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import text, texts, tiny
+
+import dejavu_compile as dv
+from dejavu_compile import attachments
+from dejavu_compile.artifact import CONFIG, TENSORS
+
+UNITS = 256
+
+
+@pytest.fixture(scope="module")
+def calibrated():
+    """A calibrated OPT of three layers: the first exact, the others predicted."""
+    model = tiny("opt", layers=3)
+    return model, dv.calibrate(model, texts(), density=0.5, progress=False)
+
+
+@pytest.fixture
+def folder(calibrated, tmp_path):
+    calibrated[1].save_pretrained(tmp_path / "artifact")
+    return tmp_path / "artifact"
+
+
+def fresh(**changes):
+    return tiny("opt", layers=3, **changes)
+
+
+def attached_to(model):
+    return {
+        name: found
+        for name, p in model.named_parameters()
+        if (found := attachments.attached(p)) is not None
+    }
+
+
+def edit(folder, change):
+    path = folder / CONFIG
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def assert_refused(model, folder, error, *words):
+    with pytest.raises(error) as caught:
+        dv.load(model, folder)
+    assert type(caught.value) is error
+    for word in words:
+        assert word in str(caught.value)
+    assert attached_to(model) == {}
+
+
+def test_round_trip_attaches_the_same(calibrated, folder):
+    model, calibration = calibrated
+    other = fresh()
+    loaded = dv.load(other, folder)
+    assert loaded.to_dict() == calibration.to_dict()
+    assert str(loaded) == str(calibration)
+    first, second = attached_to(model), attached_to(other)
+    assert [a.policy for a in first.values()] == ["exact", "predict", "predict"]
+    assert first.keys() == second.keys()
+    parameters = {id(p): name for m in (model, other) for name, p in m.named_parameters()}
+    for name, a in first.items():
+        b = second[name]
+        for field in ("policy", "density", "fingerprint", "threshold", "lookahead"):
+            assert getattr(a, field) == getattr(b, field)
+        if a.predictor is None:
+            assert b.predictor is None
+            continue
+        for part in ("down", "up", "bias"):
+            assert torch.equal(getattr(a.predictor, part), getattr(b.predictor, part))
+        assert parameters[id(a.source())] == parameters[id(b.source())]
+        assert b.source() in set(other.parameters())
+
+
+def test_folder_holds_json_and_safetensors_and_no_pickle(folder):
+    assert {path.name for path in folder.iterdir()} == {CONFIG, TENSORS}
+    json.loads((folder / CONFIG).read_text())
+    assert load_file(folder / TENSORS)
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        assert not content.startswith((b"\x80", b"PK"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_truncated_tensors_are_refused(folder, share):
+    content = (folder / TENSORS).read_bytes()
+    (folder / TENSORS).write_bytes(content[: int(len(content) * share)])
+    assert_refused(fresh(), folder, dv.ArtifactError, TENSORS)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_truncated_json_is_refused(folder, share):
+    content = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(content[: int(len(content) * share)])
+    assert_refused(fresh(), folder, dv.ArtifactError, CONFIG)
+
+
+@pytest.mark.parametrize("file", [CONFIG, TENSORS])
+def test_missing_file_is_refused_by_name(folder, file):
+    (folder / file).unlink()
+    assert_refused(fresh(), folder, dv.ArtifactError, file)
+
+
+@pytest.mark.parametrize("version", [2, 99, 0, None, "1"])
+def test_other_format_version_is_refused(folder, version):
+    edit(folder, lambda config: config.update(format_version=version))
+    assert_refused(fresh(), folder, dv.ArtifactError, f"format version {version}")
+
+
+@pytest.mark.parametrize("key", ["sites", "quality", "seed", "model_class", "data_hash"])
+def test_missing_key_is_refused_by_name(folder, key):
+    edit(folder, lambda config: config.pop(key))
+    assert_refused(fresh(), folder, dv.ArtifactError, key)
+
+
+@pytest.mark.parametrize("key", ["units", "rank", "curve", "layouts", "policy", "source"])
+def test_missing_key_of_a_site_is_refused_by_name(folder, key):
+    edit(folder, lambda config: config["sites"][1].pop(key))
+    assert_refused(fresh(), folder, dv.ArtifactError, key)
+
+
+def test_unknown_policy_in_the_file_is_refused(folder):
+    edit(folder, lambda config: config["sites"][1].update(policy="magic"))
+    assert_refused(fresh(), folder, dv.ArtifactError, "magic")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=["nan", "inf"])
+@pytest.mark.parametrize("part", ["bias", "scale"])
+def test_nan_in_a_predictor_is_refused(folder, part, value):
+    tensors = load_file(folder / TENSORS)
+    name = next(name for name in tensors if name.endswith(f".{part}"))
+    tensors[name][3] = value
+    save_file(tensors, folder / TENSORS)
+    assert_refused(fresh(), folder, dv.ArtifactError, "NaN", name.removesuffix(f".{part}"))
+
+
+def test_missing_predictor_is_refused(folder):
+    tensors = load_file(folder / TENSORS)
+    name = next(name for name in tensors if name.endswith(".up"))
+    del tensors[name]
+    save_file(tensors, folder / TENSORS)
+    assert_refused(fresh(), folder, dv.ArtifactError, name)
+
+
+def test_model_without_the_weight_is_refused(folder):
+    assert_refused(tiny("llama"), folder, dv.ArtifactMismatchError, "LlamaForCausalLM", "fc2")
+
+
+def test_model_with_fewer_layers_is_refused(folder):
+    assert_refused(tiny("opt", layers=2), folder, dv.ArtifactMismatchError, "layers.2")
+
+
+def test_model_of_another_width_is_refused(folder):
+    assert_refused(fresh(units=320), folder, dv.ArtifactMismatchError, "256 units", "320")
+
+
+def test_weights_changed_before_loading_are_refused(folder):
+    model = fresh()
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc2.weight.mul_(1.01)
+    assert_refused(model, folder, dv.ArtifactMismatchError, "fingerprint", "layers.1.fc2.weight")
+
+
+def test_training_mode_is_refused(folder):
+    assert_refused(fresh().train(), folder, dv.ModelStateError, "eval")
+
+
+def test_weights_changed_after_loading_fail_at_compile_time(folder):
+    model = fresh()
+    dv.load(model, folder)
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc2.weight.mul_(1.01)
+        model.compile(backend="dejavu_eager")
+        with pytest.raises(Exception, match=r"layers\.1\.fc2\.weight changed after calibration"):
+            model(torch.tensor([[5]]), use_cache=False)
+
+
+def test_detach_restores_the_dense_logits(folder):
+    model = fresh()
+    dv.load(model, folder)
+    ids = text(3, batch=1, length=1)
+    with torch.no_grad():
+        dense = model.forward(ids, use_cache=False).logits
+        model.compile(backend="dejavu_eager")
+        sparse = model(ids, use_cache=False).logits
+        assert (sparse - dense).abs().max() > 1e-4 * dense.abs().max()
+        assert dv.detach(model) == 3
+        assert attached_to(model) == {}
+        again = model(ids, use_cache=False).logits
+        assert (again - dense).abs().max() <= 1e-5 * dense.abs().max()
+        assert dv.detach(model) == 0
+
+
+def test_two_models_in_one_process_are_independent(folder):
+    one, two = fresh(), fresh()
+    dv.load(one, folder)
+    assert attached_to(two) == {}
+    ids = text(3, batch=1, length=1)
+    with torch.no_grad():
+        dense = two.forward(ids, use_cache=False).logits
+        one.compile(backend="dejavu_eager")
+        two.compile(backend="dejavu_eager")
+        sparse = one(ids, use_cache=False).logits
+        lossless = two(ids, use_cache=False).logits
+    assert (lossless - dense).abs().max() <= 1e-5 * dense.abs().max()
+    assert (sparse - dense).abs().max() > 1e-4 * dense.abs().max()
+
+
+def test_other_density_moves_thresholds_only(calibrated):
+    _, calibration = calibrated
+    lower = calibration.at_density(0.2)
+    for before, after in zip(calibration.sites, lower.sites, strict=True):
+        if before.policy == "predict":
+            assert after.threshold > before.threshold
+            assert after.predictor is before.predictor
+        else:
+            assert after is before
+    assert dataclasses.replace(lower, sites=(), quality=None) is not None

@@ -1,0 +1,57 @@
+import pytest
+
+from dejavu_compile.cost import SiteCost
+from dejavu_compile.passes.site import Policy
+
+# A gated MLP in fp32: two leaves of 16 features and an output of 16, predictor of rank 4
+ROW = 16 * 4
+GATED = SiteCost(units=100, bytes_per_unit=3 * ROW, carrier_bytes_per_unit=ROW, predictor_bytes=2000)
+
+
+def counted(cost, policy, selected_by_token):
+    """Bytes counted unit by unit, for the units that each token selects."""
+    union = set().union(*selected_by_token)
+    total = cost.predictor_bytes if policy is Policy.PREDICT else 0
+    for unit in range(cost.units):
+        carrier = 0 if policy is Policy.PREDICT else cost.carrier_bytes_per_unit
+        total += carrier
+        if unit in union or policy is Policy.DENSE:
+            total += cost.bytes_per_unit - carrier
+    return total
+
+
+@pytest.mark.parametrize("policy", list(Policy))
+@pytest.mark.parametrize("kept", [0, 1, 30, 100])
+def test_closed_form_equals_a_count_for_one_token(policy, kept):
+    expected = counted(GATED, policy, [set(range(kept))])
+    assert GATED.bytes(policy, kept / 100) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("policy", [Policy.PREDICT, Policy.EXACT, Policy.GATE])
+def test_union_of_two_independent_tokens_equals_a_count(policy):
+    # Unit u = 10 i + j; one token keeps i < 3, the other j < 3: independent, each 30 %
+    first = {10 * i + j for i in range(3) for j in range(10)}
+    second = {10 * i + j for i in range(10) for j in range(3)}
+    expected = counted(GATED, policy, [first, second])
+    assert GATED.bytes(policy, 0.3, tokens=2) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("policy", [Policy.PREDICT, Policy.EXACT, Policy.GATE])
+def test_break_even_reads_as_much_as_dense(policy):
+    density = GATED.break_even(policy)
+    dense = GATED.bytes(Policy.DENSE, 1.0)
+    assert GATED.bytes(policy, density) == pytest.approx(dense)
+    assert GATED.bytes(policy, density - 0.01) < dense
+
+
+def test_predictor_moves_break_even_by_its_share():
+    assert GATED.break_even(Policy.PREDICT) == pytest.approx(1 - 2000 / (100 * 3 * ROW))
+    assert GATED.break_even(Policy.GATE) == pytest.approx(1.0)
+    assert GATED.break_even(Policy.DENSE) == 1.0
+
+
+def test_more_tokens_never_read_less_and_never_more_than_all():
+    for policy in (Policy.PREDICT, Policy.EXACT, Policy.GATE):
+        sizes = [GATED.bytes(policy, 0.2, tokens) for tokens in range(1, 9)]
+        assert sizes == sorted(sizes)
+        assert sizes[-1] <= GATED.bytes(policy, 1.0)

@@ -1,0 +1,93 @@
+import json
+
+import pytest
+import torch
+from tiny import NAMES, texts, tiny
+
+import dejavu_compile as dv
+
+# Projections of one layer, and whether its MLP is a site
+PROJECTIONS = {
+    "opt": 6, "gpt2": 4, "llama": 7, "gemma2": 7, "gpt_neox": 4, "falcon": 4, "bloom": 4, "phi3": 4,
+    "qwen3": 7, "nemotron": 6,
+}  # fmt: skip
+TOKEN = torch.tensor([[5]])
+
+
+def matrices_read_by_projections(model):
+    """Every 2-D weight but the embeddings; the head counts, tied or not."""
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+    }
+    named = {
+        name: p
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and id(p) not in embeddings
+    }
+    return named
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_projection_is_accounted_for(name):
+    model = tiny(name)
+    report = dv.explain(model, TOKEN, use_cache=False)
+    layers = model.config.num_hidden_layers
+    assert [site.layer for site in report.sites] == list(range(layers))
+    leaves = {"llama": 2, "gemma2": 2, "qwen3": 2}.get(name, 1)
+    accounted = len(report.unmatched) + layers
+    # A site's leaves are listed as well or stand for their site, and the head comes on top.
+    assert accounted in (
+        PROJECTIONS[name] * layers + 1,
+        (PROJECTIONS[name] - leaves) * layers + 1,
+    )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for entry in [*report.sites, *report.unmatched]:
+        assert entry.name in parameters
+        assert entry.reason
+        assert entry.bytes_dense > 0
+    for site in report.sites:
+        assert site.name in matrices_read_by_projections(model)
+        assert site.units == 256
+        assert site.kind == "mlp"
+        assert 0 < site.break_even <= 1
+
+
+def test_report_prints_every_name_and_reason_and_is_json():
+    report = dv.explain(tiny("llama"), TOKEN, use_cache=False)
+    shown = str(report)
+    for entry in [*report.sites, *report.unmatched]:
+        assert entry.name in shown
+        assert entry.reason in shown
+    stored = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert [site["name"] for site in stored["sites"]] == [site.name for site in report.sites]
+    assert len(stored["unmatched"]) == len(report.unmatched)
+    assert stored["sites"][0]["density"] is None
+
+
+def test_bytes_equal_those_of_the_weights():
+    model = tiny("llama")
+    report = dv.explain(model, TOKEN, use_cache=False)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for projection in report.unmatched:
+        weight = parameters[projection.name]
+        assert projection.bytes_dense == weight.numel() * weight.element_size()
+    for site, layer in zip(report.sites, model.model.layers, strict=True):
+        assert site.bytes_dense == sum(p.numel() * 4 for p in layer.mlp.parameters())
+
+
+def test_calibrated_policy_and_density_show():
+    model = tiny("llama")
+    dv.calibrate(model, texts(), policy="gate", density=0.4, progress=False)
+    for site in dv.explain(model, TOKEN, use_cache=False).sites:
+        assert (site.policy, site.reason) == ("gate", "calibrated")
+        assert site.density == pytest.approx(0.4, abs=0.15)
+        expected = (1 + 2 * site.density) / 3 * site.bytes_dense
+        assert site.bytes_sparse == pytest.approx(expected, rel=1e-3)
+
+
+def test_prefill_reason_names_the_number_of_tokens():
+    report = dv.explain(tiny("opt"), torch.ones(1, 12, dtype=torch.long), use_cache=False)
+    for site in report.sites:
+        assert site.policy == "dense"
+        assert "prefill" in site.reason
+        assert "12 tokens" in site.reason

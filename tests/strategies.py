@@ -1,0 +1,77 @@
+"""What hypothesis draws. A spec is plain numbers: a failure prints as something to paste."""
+
+from dataclasses import dataclass
+
+import models
+import torch
+import torch.nn.functional as F
+from hypothesis import strategies as st
+from torch import nn
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "relu2": models.relu_squared,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "handspelled_gelu": models.handspelled_gelu,
+    "tanh": torch.tanh,
+}
+SPELLINGS = {
+    "plain": models.Plain,
+    "gated": models.Gated,
+    "chunked": models.Chunked,
+    "interleaved": models.Interleaved,
+    "conv1d": models.Conv1D,
+    "matmul_t": models.MatmulT,
+    "parallel": models.Parallel,
+    "decoder": models.Decoder,
+    "escaping_up": models.EscapingUp,
+}
+EXACT = ("relu", "relu2", "relu6")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An MLP with random weights, its input and some of its units."""
+
+    spelling: str
+    activation: str
+    width: int
+    units: int
+    bias: bool
+    tokens: int
+    kept: tuple[int, ...]
+    seed: int
+
+    def model(self) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            make = SPELLINGS[self.spelling]
+            return make(ACTIVATIONS[self.activation], self.width, self.units, self.bias)
+
+    def input(self) -> torch.Tensor:
+        return models.tokens(self.seed, self.tokens, self.width)
+
+    def keep(self) -> torch.Tensor:
+        keep = torch.zeros(self.units, dtype=torch.bool)
+        keep[list(self.kept)] = True
+        return keep
+
+
+@st.composite
+def specs(draw, spellings=tuple(SPELLINGS), activations=tuple(ACTIVATIONS)) -> Spec:
+    """A random MLP; none and all of its units are as likely as some."""
+    units = draw(st.integers(2, 24), label="units")
+    some = st.sets(st.integers(0, units - 1))
+    kept = draw(st.one_of(st.just(set()), st.just(set(range(units))), some), label="kept")
+    return Spec(
+        spelling=draw(st.sampled_from(spellings)),
+        activation=draw(st.sampled_from(activations)),
+        width=2 * draw(st.integers(1, 8)),  # even, for two heads
+        units=units,
+        bias=draw(st.booleans()),
+        tokens=draw(st.integers(1, 3)),
+        kept=tuple(sorted(kept)),
+        seed=draw(st.integers(0, 2**16)),
+    )
