@@ -134,6 +134,13 @@ class Calibration:
         )
         return kept / total if total else 1.0
 
+    @property
+    def thresholded_density(self) -> float:
+        """Mean measured share of units kept by the sites that have a threshold (predict and gate)."""
+        sites = [s for s in self.sites if s.policy in (Policy.PREDICT, Policy.GATE)]
+        kept = sum(s.units * (s.metrics.density if s.metrics else s.density) for s in sites)
+        return kept / sum(s.units for s in sites) if sites else 1.0
+
     def at_density(self, density: float) -> "Calibration":
         """The same predictors with thresholds for another density; attach it with `.attach(model)`."""
         return dataclasses.replace(
@@ -357,7 +364,9 @@ def read(path: str | Path) -> Calibration:
         return Calibration(
             sites, config["model_class"], config["seed"], config["data_hash"], quality
         )
-    except (KeyError, TypeError) as error:
+    except ArtifactError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{folder / CONFIG} is incomplete", found=f"no usable {error}", fix="calibrate again"
         ) from None

@@ -111,8 +111,8 @@ def _rank(record: Recording, source: Recording) -> int:
     return rank_for_budget(dense_bytes, width, record.site.units, int8, PREDICTOR_BUDGET)
 
 
-def _held_out(values: torch.Tensor) -> torch.Tensor:
-    return values[len(values) - max(1, round(len(values) * HELD_OUT)) :]
+def _held_out(values: torch.Tensor, share: float = HELD_OUT) -> torch.Tensor:
+    return values[len(values) - max(1, round(len(values) * share)) :]
 
 
 def _record(recording: Recording, policy: Policy, curve: ThresholdCurve) -> SiteRecord:
@@ -158,21 +158,23 @@ def _fit(
     return records
 
 
-def _measured(record: SiteRecord, recording: Recording, source: Recording | None) -> SiteRecord:
-    """`record` with what its threshold does on held-out tokens."""
+def _measured(
+    record: SiteRecord, recording: Recording, source: Recording | None, share: float
+) -> SiteRecord:
+    """`record` with what its threshold does on the last `share` of the recorded tokens."""
     weight = _out_columns(recording)
     if record.policy is Policy.PREDICT:
-        _, held_out = _examples(recording, source).split(HELD_OUT)
+        _, held_out = _examples(recording, source).split(share)
         metrics = measure(record.predictor, record.threshold, held_out, weight)
         return record.with_metrics(metrics)
     if record.policy is Policy.GATE:
         # The same bookkeeping with the carrier's magnitude for a score.
         hidden = recording.stacked("hidden")
         examples = SiteExamples(_carrier(recording), hidden, _output_norms(recording))
-        _, held_out = examples.split(HELD_OUT)
+        _, held_out = examples.split(share)
         return record.with_metrics(measure(_Magnitude(), record.threshold, held_out, weight))
     if record.policy is Policy.EXACT:
-        hidden = _held_out(recording.stacked("hidden"))
+        hidden = _held_out(recording.stacked("hidden"), share)
         return record.with_exact_density((hidden != 0).float().mean().item())
     return record
 
@@ -282,7 +284,7 @@ def calibrate(
         ).at_density(density if density is not None else DENSITY_GRID[-1])  # fmt: skip
         if density is None and any(r.policy in (Policy.PREDICT, Policy.GATE) for r in records):
             calibration = _to_budget(model, calibration, judge, max_ppl_increase, bars)
-        calibration = _with_metrics(calibration, recordings)
+        calibration = remeasured(calibration, recordings)
         attach_calibration(model, calibration)
         if calibration.quality is None:
             calibration = calibration.with_quality(compare(model, judge, masked(model)))
@@ -321,9 +323,12 @@ def _records(
     return records
 
 
-def _with_metrics(calibration: Calibration, recordings: Sequence[Recording]) -> Calibration:
+def remeasured(
+    calibration: Calibration, recordings: Sequence[Recording], share: float = HELD_OUT
+) -> Calibration:
+    """`calibration` with density, recall, precision and output error on the last `share` of `recordings`."""
     by_name = {r.site.name: r for r in recordings}
     return calibration.with_sites(
-        _measured(record, by_name[record.name], by_name.get(record.source))
+        _measured(record, by_name[record.name], by_name.get(record.source), share)
         for record in calibration.sites
     )

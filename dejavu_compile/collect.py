@@ -135,7 +135,8 @@ def collect(
                 progress("collect", len(batches), len(batches))
                 break
     for record in collector.recordings.values():
-        if not all(value.isfinite().all() for value in record.hidden):
+        values = (*record.source, *record.hidden, *record.carrier)
+        if not all(value.isfinite().all() for value in values):
             raise CalibrationError(
                 f"{record.site.name} sees NaN or inf on the calibration text",
                 fix="check that the dense model is sound on it, e.g. in a wider dtype",

@@ -17,7 +17,6 @@ from .backend import dejavu
 from .calibrate import calibrate
 from .errors import ArtifactError
 from .evaluate import Evaluation, evaluate
-from .passes.site import Policy
 from .text import windows
 
 PROMPTS = (
@@ -129,7 +128,7 @@ def run() -> None:
 
     console.print("[1/4] calibrate on text that the model was not trained on")
     text = windows(tokenizer, folder / "text" / "calibration.txt", limit=160)
-    calibration = calibrate(model, text, max_ppl_increase=0.005)
+    calibration = calibrate(model, text, density=0.24)
 
     console.print("[2/4] save, detach, reload")
     artifact = Path(tempfile.mkdtemp()) / "opt-python-8m-dejavu"
@@ -146,6 +145,5 @@ def run() -> None:
     _quality(console, calibration, quality)
 
     console.print("[4/4] speed")
-    predicted = [s.metrics.density for s in calibration.sites if s.policy is Policy.PREDICT]
-    _speed(console, sum(predicted) / len(predicted))
+    _speed(console, calibration.thresholded_density)
     console.print(f"done in {time.monotonic() - started:.0f} s")

@@ -1,6 +1,6 @@
 """Ten tiny decoders of transformers with random weights: one for each spelling that matters.
 
-Hidden 64 and 256 units, so that a predictor of rank 16 fits five per cent of a site's bytes.
+Hidden 128 and 256 units, so that a predictor of rank 16 fits five per cent of a site's bytes.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from dejavu_compile import Calibration
 from dejavu_compile.predictors import ThresholdCurve
 
 VOCABULARY = 128
-HIDDEN = 64
+HIDDEN = 128
 
 # One name for each size in the configs that don't share the common ones
 _GPT2 = {"vocab_size": VOCABULARY, "n_embd": HIDDEN, "n_head": 4}
@@ -28,12 +28,12 @@ _MODELS = {
             "num_hidden_layers", "ffn_dim"),
     "gpt2": ("GPT2", _GPT2, "n_layer", "n_inner"),
     "llama": ("Llama", _GROUPED, "num_hidden_layers", "intermediate_size"),
-    "gemma2": ("Gemma2", {**_GROUPED, "head_dim": 16}, "num_hidden_layers", "intermediate_size"),
+    "gemma2": ("Gemma2", {**_GROUPED, "head_dim": 32}, "num_hidden_layers", "intermediate_size"),
     "gpt_neox": ("GPTNeoX", _COMMON, "num_hidden_layers", "intermediate_size"),
     "falcon": ("Falcon", _COMMON, "num_hidden_layers", "ffn_hidden_size"),
     "bloom": ("Bloom", _BLOOM, "n_layer", None),  # always four times its width
     "phi3": ("Phi3", {**_COMMON, "pad_token_id": 0}, "num_hidden_layers", "intermediate_size"),
-    "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 16}, "num_hidden_layers", "intermediate_size"),
+    "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 32}, "num_hidden_layers", "intermediate_size"),
     "nemotron": ("Nemotron", _GROUPED, "num_hidden_layers", "intermediate_size"),
 }  # fmt: skip
 

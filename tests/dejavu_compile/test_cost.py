@@ -5,7 +5,9 @@ from dejavu_compile.passes.site import Policy
 
 # A gated MLP in fp32: two leaves of 16 features and an output of 16, predictor of rank 4
 ROW = 16 * 4
-GATED = SiteCost(units=100, bytes_per_unit=3 * ROW, carrier_bytes_per_unit=ROW, predictor_bytes=2000)
+GATED = SiteCost(
+    units=100, bytes_per_unit=3 * ROW, carrier_bytes_per_unit=ROW, predictor_bytes=2000
+)
 
 
 def counted(cost, policy, selected_by_token):

@@ -1,0 +1,102 @@
+"""Quality against density on the trained demo decoders: predicted, gated, and an oracle.
+
+    python benchmarks/quality.py --model demo/models/opt-python-8m --policies predict
+
+For each density: perplexity, KL and top-1 agreement with dense on held-out text, masked execution of the
+compiled graph. The oracle keeps, in each token and layer, the units with the largest |activation| x norm
+of the output-projection column; it is applied by module hooks, outside of our graph. Prints one table and
+writes JSON; the predictors' layers are all but the first.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import dejavu_compile as dv
+from dejavu_compile.batches import check_batches
+from dejavu_compile.bench import environment, mlp_weights, write
+from dejavu_compile.calibrate import remeasured
+from dejavu_compile.collect import collect
+from dejavu_compile.evaluate import compare, evaluate
+from dejavu_compile.text import windows
+
+ROOT = Path(__file__).parents[1]
+DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
+
+
+def oracle(model: nn.Module, batches: list[torch.Tensor], density: float, first: int) -> Any:
+    """Evaluation with the best units by contribution kept, in every layer from `first` on."""
+    modules = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+
+    def keep_best(module: nn.Module, args: tuple) -> tuple:
+        hidden = args[0]
+        contribution = hidden.abs() * module.weight.norm(dim=0)
+        k = max(1, round(density * hidden.shape[-1]))
+        kept = contribution.topk(k, dim=-1).indices
+        mask = torch.zeros_like(hidden).scatter_(-1, kept, 1.0)
+        return (hidden * mask,)
+
+    def sparse(**kwargs: Any) -> Any:
+        handles = [
+            modules[id(out)].register_forward_pre_hook(keep_best)
+            for _, out in mlp_weights(model)[first:]
+        ]
+        try:
+            return model.forward(**kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return compare(model, [{"input_ids": b} for b in batches], sparse)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All policies and densities of one model."""
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
+    text = windows(tokenizer, ROOT / "demo/text/calibration.txt", limit=args.calibration_windows)
+    held_out = windows(tokenizer, ROOT / "demo/text/heldout.txt", limit=args.windows)
+    rows = []
+
+    def add(policy: str, density: float, actual: float, result: Any) -> None:
+        rows.append(
+            {"policy": policy, "density": density, "actual_density": actual, **result.to_dict()}
+        )
+        print(f"{policy:<8} {density:5.2f} (measured {actual:.3f})  {result}", flush=True)
+
+    seen = collect(
+        model, check_batches(model, held_out), max_tokens=10**9, progress=lambda *_: None
+    )
+    for policy in args.policies:
+        calibration = dv.calibrate(model, text, policy=policy, density=0.5, progress=False)
+        calibration.save_pretrained(args.out.with_suffix("") / policy)
+        for density in DENSITIES:
+            candidate = calibration.at_density(density)
+            candidate.attach(model)
+            actual = remeasured(candidate, seen, share=1.0).thresholded_density
+            add(policy, density, actual, evaluate(model, held_out))
+    dv.detach(model)
+    for density in DENSITIES:
+        add("oracle", density, density, oracle(model, held_out, density, first=1))
+    return {"model": Path(args.model).name, "windows": args.windows, "rows": rows}
+
+
+def main() -> None:
+    """Parse the command line, run, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT / "demo/models/opt-python-8m")
+    parser.add_argument("--policies", nargs="*", default=["predict"])
+    parser.add_argument("--windows", type=int, default=48)
+    parser.add_argument("--calibration-windows", type=int, default=320)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quality.json")
+    args = parser.parse_args()
+    print(environment(), flush=True)
+    write(args.out, run(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+import dataclasses
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from tiny import HIDDEN, VOCABULARY, text, texts, tiny
+
+import dejavu_compile as dv
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """OPT with 512 units, so that a predictor of rank 16 is well within its budget."""
+    model = tiny("opt", layers=3, units=512)
+    return model, dv.calibrate(model, texts(4), density=0.5, progress=False)
+
+
+@pytest.mark.parametrize("batches", [[], iter([]), ()], ids=["list", "iterator", "tuple"])
+def test_no_batches_are_refused(batches):
+    with pytest.raises(dv.CalibrationError, match="no batches"):
+        dv.calibrate(tiny("opt"), batches, progress=False)
+
+
+def test_used_up_generator_is_refused_and_explained():
+    batches = (text(seed) for seed in range(2))
+    list(batches)
+    with pytest.raises(dv.CalibrationError, match="used up"):
+        dv.calibrate(tiny("opt"), batches, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        (text(0, length=1), "too short"),
+        (text(0)[0], r"integers \[B, T\]"),
+        (text(0).float(), "float32"),
+        ([1, 2, 3], "input_ids"),
+        ({"attention_mask": text(0)}, "input_ids"),
+        (text(0) + VOCABULARY, "no embedding"),
+        (text(0) - VOCABULARY, "no embedding"),
+    ],
+    ids=["short", "one-dim", "floats", "list", "no-ids", "too-large", "negative"],
+)
+def test_bad_batch_is_refused_by_its_number(batch, words):
+    with pytest.raises(dv.CalibrationError, match=words) as caught:
+        dv.calibrate(tiny("opt"), [text(1), batch], progress=False)
+    assert "batch 1" in str(caught.value)
+
+
+def test_training_mode_is_refused():
+    with pytest.raises(dv.ModelStateError, match=r"model\.eval\(\)"):
+        dv.calibrate(tiny("opt").train(), texts(), progress=False)
+
+
+def test_model_offloaded_by_accelerate_is_refused():
+    model = cpu_offload(tiny("opt"), execution_device="cpu")
+    with pytest.raises(dv.ModelStateError, match="offload"):
+        dv.calibrate(model, texts(), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"policy": "predicted"}, "predicted"),
+        ({"policy": ""}, "unknown policy"),
+        ({"density": 0.0}, "density"),
+        ({"density": 1.1}, "density"),
+        ({"density": -0.5}, "density"),
+        ({"density": float("nan")}, "density"),
+        ({"lookahead": 0}, "lookahead"),
+        ({"lookahead": -1}, "lookahead"),
+    ],
+    ids=str,
+)
+def test_bad_option_is_refused(options, words):
+    with pytest.raises(dv.OptionError, match=words):
+        dv.calibrate(tiny("opt"), texts(), progress=False, **options)
+
+
+def test_nan_activations_are_refused_and_the_layer_is_named():
+    model = tiny("opt")
+    with torch.no_grad():
+        model.model.decoder.layers[1].fc1.weight[3, 4] = float("nan")
+    with pytest.raises(dv.CalibrationError, match=r"layers\.1\.fc2.*NaN"):
+        dv.calibrate(model, texts(), progress=False)
+
+
+def test_model_without_sites_is_refused():
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = torch.nn.Embedding(128, 8), torch.nn.Linear(8, 128)
+
+        def forward(self, input_ids):
+            return self.head(self.embed(input_ids))
+
+    with pytest.raises(dv.CalibrationError, match="no site"):
+        dv.calibrate(Linear().eval(), texts(), progress=False)
+
+
+def test_too_little_text_is_refused():
+    with pytest.raises(dv.CalibrationError, match="too few"):
+        dv.calibrate(
+            tiny("opt"), [text(0, batch=1)], policy="predict", progress=False, density=0.5
+        )
+
+
+def test_same_seed_and_text_give_the_same_artifact(wide):
+    _, first = wide
+    torch.manual_seed(99)
+    second = dv.calibrate(tiny("opt", layers=3, units=512), texts(4), density=0.5, progress=False)
+    assert second.to_dict() == first.to_dict()
+    for a, b in zip(first.sites, second.sites, strict=True):
+        assert (a.predictor is None) == (b.predictor is None)
+        if a.predictor is not None:
+            for field in dataclasses.fields(a.predictor):
+                one, other = (getattr(p, field.name) for p in (a.predictor, b.predictor))
+                assert torch.equal(one, other)
+
+
+def test_predictor_reads_the_previous_layers_site(wide):
+    _, calibration = wide
+    sites = calibration.sites
+    assert [site.layer for site in sites] == [0, 1, 2]
+    assert [site.policy for site in sites] == ["exact", "predict", "predict"]
+    assert [site.lookahead for site in sites] == [0, 1, 1]
+    assert [site.source for site in sites] == [None, sites[0].name, sites[1].name]
+
+
+def test_density_asked_for_is_about_the_density_measured(wide):
+    _, calibration = wide
+    predicted = [site for site in calibration.sites if site.policy == "predict"]
+    mean = sum(site.metrics.density for site in predicted) / len(predicted)
+    # Held-out tokens are few and set the threshold themselves, but int8 and ties remain.
+    assert mean == pytest.approx(0.5, abs=0.05)
+
+
+def test_predictor_fits_five_per_cent_of_its_site(wide):
+    _, calibration = wide
+    for site in calibration.sites:
+        if site.predictor is None:
+            continue
+        dense = 2 * HIDDEN * site.units * 2  # as if in bf16
+        stored = (site.predictor.down, site.predictor.up)
+        assert sum(t.numel() * t.element_size() for t in stored) <= 0.05 * dense
+        assert site.predictor.rank % 16 == 0
+
+
+def test_no_rank_within_budget_falls_back_to_exact():
+    calibration = dv.calibrate(
+        tiny("opt", units=64), texts(), policy="predict", density=0.5, progress=False
+    )
+    assert {site.policy for site in calibration.sites} == {"exact"}
+
+
+@pytest.mark.parametrize("policy", ["exact", "dense"])
+def test_lossless_policies_measure_as_dense(policy):
+    model = tiny("opt")
+    calibration = dv.calibrate(model, texts(), policy=policy, progress=False)
+    assert {site.policy for site in calibration.sites} == {policy}
+    assert calibration.quality.perplexity_increase == pytest.approx(0, abs=1e-6)
+    assert calibration.quality.top1_agreement == 1.0

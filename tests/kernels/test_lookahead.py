@@ -1,0 +1,117 @@
+"""`select_begin` and `select_join` are `select`, on another stream; and under CUDA graphs."""
+
+import pytest
+import torch
+from torch import nn
+
+from dejavu_compile.kernels import (
+    gathered_rows,
+    gathered_rows_reference,
+    gathered_sum,
+    gathered_sum_reference,
+    select,
+    select_begin,
+    select_join,
+    select_reference,
+)
+
+
+def predictor(m=2, n=100, s=63, r=16, device="cpu", dtype=torch.float32):
+    made = (torch.randn(m, s), torch.randn(r, s), torch.randn(n, r))
+    return (*(t.to(device, dtype) for t in made), torch.randn(n).to(device))
+
+
+def test_begin_is_select_on_the_cpu():
+    arguments = predictor()
+    index, count, *scratch = select_begin(*arguments)
+    select_join(index, count, scratch, arguments[0])
+    expected = select(*arguments)
+    assert torch.equal(index, expected[0])
+    assert torch.equal(count, expected[1])
+
+
+def test_opcheck_begin():
+    torch.library.opcheck(torch.ops.dejavu.select_begin.default, predictor())
+    strided = (torch.randn(63, 2).T, *predictor()[1:])
+    torch.library.opcheck(torch.ops.dejavu.select_begin.default, strided)
+
+
+def test_opcheck_join():
+    arguments = predictor()
+    index, count, *scratch = select_begin(*arguments)
+    torch.library.opcheck(
+        torch.ops.dejavu.select_join.default, (index, count, scratch, arguments[0])
+    )
+
+
+def ahead(source, down, up, bias, weight):
+    index, count, *scratch = torch.ops.dejavu.select_begin(source, down, up, bias)
+    between = torch.relu(source) @ weight.T
+    torch.ops.dejavu.select_join(index, count, scratch, source)
+    rows = torch.ops.dejavu.gathered_rows(source, weight, None, index, count, "relu")
+    return rows, between, index, count
+
+
+@torch.no_grad()
+def test_join_stays_before_the_readers_when_compiled():
+    weight = torch.randn(100, 63)
+    compiled = torch.compile(ahead, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        arguments = (*predictor(), weight)
+        for got, expected in zip(compiled(*arguments), ahead(*arguments), strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+# --- CUDA graphs: one selection a replay, never that of the capture ------------------------------------
+
+
+def select_inline(source, down, up, bias):
+    return select(source, down, up, bias)
+
+
+def select_aside(source, down, up, bias):
+    index, count, *scratch = select_begin(source, down, up, bias)
+    nn.functional.relu(source) @ down.T  # work that the side stream overlaps
+    select_join(index, count, scratch, source)
+    return index, count
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [select_inline, select_aside], ids=["inline", "side_stream"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_cuda_graph_replay_selects_anew(how, dtype):
+    n, d = 1000, 63
+    source, down, up, bias = predictor(1, n, d, 16, "cuda", dtype)
+    weight, out = (torch.randn(n, d, device="cuda", dtype=dtype) / 8 for _ in range(2))
+
+    def step():
+        index, count = how(source, down, up, bias)
+        hidden = gathered_rows(source, weight, None, index, count, "relu")
+        return index, count, gathered_sum(hidden, out, index, count, True).sum(0)
+
+    warm = torch.cuda.Stream()
+    warm.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(warm)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        index, count, result = step()
+
+    counts = set()
+    for shift in (0.0, 10.0, -10.0, 1e6, -1e6):
+        source.copy_(torch.randn(1, d))
+        bias.copy_(torch.randn(n) + shift)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = select_reference(source, down, up, bias)
+        near = (int(count) - int(expected[1])) / n
+        assert abs(near) < 0.01  # a score of nearly zero may fall on either side
+        hidden = gathered_rows_reference(source, weight, None, index, count, "relu")
+        exact = gathered_sum_reference(hidden, out, index, count, True)[0]
+        torch.testing.assert_close(result, exact, rtol=2e-2, atol=2e-2)
+        counts.add(int(count))
+    assert {0, n} <= counts
+    assert len(counts) >= 4
