@@ -244,11 +244,9 @@ def _check_fingerprints(weights: dict[str, torch.Tensor], calibration: Calibrati
 def _predictor_weights(site: SiteRecord, weight: torch.Tensor) -> PredictorWeights:
     """The predictor on the model's device, with the threshold folded into its bias."""
     predictor, device = site.predictor, weight.device
-    # An int8 is exact in any float dtype; only the GPU's kernels read it as it is.
-    dtype = predictor.down.dtype if weight.is_cuda else weight.dtype
     return PredictorWeights(
-        down=predictor.down.to(device, dtype).contiguous(),
-        up=predictor.up.to(device, dtype).contiguous(),
+        down=predictor.down.to(device).contiguous(),
+        up=predictor.up.to(device).contiguous(),
         bias=predictor.selector_bias(site.threshold).to(device),
     )
 

@@ -108,10 +108,9 @@ def attach_random_predictors(
         bias = torch.full((units,), -1e6)
         bias[picked] = 1e6
         device = out.device
-        stored = torch.int8 if out.is_cuda else out.dtype
         predictor = PredictorWeights(
-            down=_int8(rank, width, generator).to(device, stored),
-            up=_int8(units, rank, generator).to(device, stored),
+            down=_int8(rank, width, generator).to(device),
+            up=_int8(units, rank, generator).to(device),
             bias=bias.to(device),
         )
         attach(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.library import custom_op, triton_op
 
 from ._triton import cdiv, empty, jit, power_of_2, tl, wrap_triton
-from .rows import CPU_DENSE_ABOVE
+from .rows import CPU_DENSE_ABOVE, check_rows
 
 
 def gathered_sum_reference(
@@ -71,6 +71,7 @@ def launch_sum(
 ) -> Tensor:  # fmt: skip
     """Launch `_sum_kernel`, wrapped or not."""
     hidden = hidden.contiguous()
+    check_rows(weight)
     (tokens, n), d = hidden.shape, weight.shape[1]
     config = dict(config or sum_config(n, d))
     splits = config.pop("splits")

@@ -30,9 +30,12 @@ def select_begin(
         index, count = select_cpu(source, down, up, bias)
         return index, count, source.new_empty(0), index.new_empty(0), index.new_empty(0)
     kernels = (_inner_kernel, _score_kernel, scatter_kernel)
+    if not source.is_contiguous():
+        # A contiguous copy would be freed here, while the side stream still reads it: stay in line.
+        return launch_select(kernels, source, down, up, bias)
     current, side = torch.cuda.current_stream(source.device), _side_stream(source.device)
     launch = _Deferred(kernels)
-    results = launch_select(launch.kernels, source.contiguous(), down, up, bias)
+    results = launch_select(launch.kernels, source, down, up, bias)
     side.wait_stream(current)
     with torch.cuda.stream(side):
         launch.run()

@@ -109,6 +109,15 @@ def rows_config(n: int, d: int, gather: bool) -> dict[str, int]:
     return {"BLOCK_J": 2, "BLOCK_D": block_d, "num_warps": 4, "programs": programs}
 
 
+def check_rows(weight: Tensor) -> None:
+    """Raise ValueError unless the weight's rows are contiguous: a kernel would read other elements."""
+    if weight.stride(1) != 1 and weight.shape[1] > 1:
+        raise ValueError(
+            f"a gathered weight needs contiguous rows: found strides {weight.stride()} of shape "
+            f"{tuple(weight.shape)}"
+        )
+
+
 def launch_rows(
     kernel, x: Tensor, weight: Tensor, bias: Tensor | None, selection: tuple[Tensor, Tensor] | None,
     activation: str, up: Tensor | None = None, up_bias: Tensor | None = None,
@@ -116,6 +125,12 @@ def launch_rows(
 ) -> Tensor:  # fmt: skip
     """Launch `_rows_kernel` (wrapped or not) for any of the three ops."""
     x = x.contiguous()
+    check_rows(weight)
+    if up is not None:
+        check_rows(up)
+    # A bias sliced like an interleaved weight is strided too; the kernel reads it as adjacent.
+    bias = None if bias is None else bias.contiguous()
+    up_bias = None if up_bias is None else up_bias.contiguous()
     (tokens, d), n = x.shape, weight.shape[0]
     gather = selection is not None
     config = dict(config or rows_config(n, d, gather))

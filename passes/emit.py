@@ -25,6 +25,7 @@ class Emitter:
         self.gm = gm
         self.graph = gm.graph
         self._mode = _fake_mode(self.graph)
+        self._replaced: dict[fx.Node, fx.Node] = {}
 
     @contextmanager
     def before(self, node: fx.Node) -> Iterator[None]:
@@ -34,9 +35,21 @@ class Emitter:
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A call_function node with `meta["val"]` set."""
+        args, kwargs = fx.map_arg((args, kwargs), self.current)
         node = self.graph.call_function(target, args, kwargs)
         self.infer(node)
         return node
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """What stands for `node` now: records made before a rewrite name nodes that it has replaced."""
+        while node in self._replaced:
+            node = self._replaced[node]
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Give `old`'s users to `new`, and remember it."""
+        old.replace_all_uses_with(new)
+        self._replaced[old] = new
 
     def copy(self, node: fx.Node, mapping: dict[fx.Node, fx.Node]) -> fx.Node:
         """The same op on mapped inputs."""

@@ -254,7 +254,9 @@ def _region(output: Projection) -> _Region:
         escaping |= found
 
 
-def _leaf(node: fx.Node, dim: int, region: _Region, output: Projection) -> Leaf:
+def _leaf(
+    node: fx.Node, dim: int, region: _Region, output: Projection, outputs: set[fx.Node]
+) -> Leaf:
     """Classify where the region begins."""
 
     def inside(user: fx.Node) -> bool:
@@ -263,7 +265,9 @@ def _leaf(node: fx.Node, dim: int, region: _Region, output: Projection) -> Leaf:
     if node.op in ("placeholder", "get_attr") and len(shape_of(node)) == 1:
         return Leaf(LeafKind.VECTOR, node, dim)
     rows = _rows(node, dim)
-    if rows is None or dim != len(shape_of(node)) - 1 or not all(map(inside, node.users)):
+    if rows is None or dim != len(shape_of(node)) - 1 or rows.projection.node in outputs:
+        return Leaf(LeafKind.DENSE, node, dim)
+    if not all(map(inside, node.users)):
         return Leaf(LeafKind.DENSE, node, dim)
     # The pieces of a fused projection count as its own readers while each lies in the region.
     chain, pieces = set(rows.chain), [rows.projection.node]
@@ -340,12 +344,17 @@ def _layer(name: str, ordinal: int) -> int:
     return int(numbers[0]) if numbers else ordinal
 
 
-def _site(output: Projection, ordinal: int) -> Site:
-    """The site of an output projection, or `_NoSiteError`."""
+def _site(output: Projection, ordinal: int, outputs: set[fx.Node]) -> Site:
+    """The site of an output projection, or `_NoSiteError`.
+
+    `outputs` are the output projections of earlier sites: their rows can't be skipped a second time.
+    """
     value = output.input.meta["val"]
     region = _region(output)
     interior = tuple(sorted(region.interior))
-    leaves = tuple(_leaf(node, dim, region, output) for node, dim in region.leaves.items())
+    leaves = tuple(
+        _leaf(node, dim, region, output, outputs) for node, dim in region.leaves.items()
+    )
     if not interior or all(node.target in NONLINEAR_EXEMPT for node in interior):
         if len(region.leaves) == 1 and not interior and not _rows(output.input, value.dim() - 1):
             raise _no_site(output.input, True)
@@ -375,7 +384,8 @@ def find_sites(gm: fx.GraphModule) -> Found:
         if projection is None:
             continue
         try:
-            sites.append(_site(projection, len(sites)))
+            outputs = {site.output.node for site in sites}
+            sites.append(_site(projection, len(sites), outputs))
         except _NoSiteError as no:
             unmatched.append(Unmatched(projection, no.code, no.reason))
     inputs = {leaf.projection.node for site in sites for leaf in site.row_leaves}

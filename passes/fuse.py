@@ -67,6 +67,7 @@ def _fuse_activation(emit: Emitter, node: fx.Node) -> bool:
         return False
     rows.update_arg(ACTIVATION, activation)
     node.replace_all_uses_with(node.args[0])
+    node.graph.erase_node(node)
     return True
 
 

@@ -54,10 +54,12 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     traced = trace_to_aten(gm, example_inputs)
     old_inputs = [node for node in before.nodes if node.op == "placeholder"]
     new_inputs = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    taken = {node.name for node in traced.graph.nodes}
     for old, new in zip(old_inputs, new_inputs, strict=True):
         value = new.meta["val"]
         new.meta = {**old.meta, "val": value}
-        new.name = new.target = old.name
+        if old.name not in taken:
+            new.name = new.target = old.name
         if (source := getattr(old, "_dynamo_source", None)) is not None:
             new._dynamo_source = source
     _adopt_constants(gm, traced)

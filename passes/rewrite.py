@@ -102,10 +102,11 @@ def _gathered(
         mapping[start] = emit.call(
             aten.index_select.default, start, site.dims[start], chosen.index
         )
+    leaves = {emit.current(leaf.node): leaf for leaf in site.leaves}
     for node in _interior_after(decision, start):
-        for leaf in site.leaves:
-            if leaf.node in node.all_input_nodes and leaf.node not in mapping:
-                mapping[leaf.node] = _gather_leaf(emit, leaf, units, chosen)
+        for value in node.all_input_nodes:
+            if value in leaves and value not in mapping:
+                mapping[value] = _gather_leaf(emit, leaves[value], units, chosen)
         mapping[node] = emit.copy(node, mapping)
     output = site.output
     partials = emit.call(
@@ -122,7 +123,7 @@ def _gathered(
     dtype = output.node.meta["val"].dtype
     result = emit.call(aten.to.dtype, result, dtype)
     result = emit.call(aten.reshape.default, result, list(_static(output.node)))
-    output.node.replace_all_uses_with(result)
+    emit.replace(output.node, result)
 
 
 def _interior_after(decision: Decision, start: fx.Node | None) -> list[fx.Node]:

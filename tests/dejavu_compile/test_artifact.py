@@ -124,11 +124,6 @@ def test_missing_key_of_a_site_is_refused_by_name(folder, key):
     assert_refused(fresh(), folder, dv.ArtifactError, key)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="artifact.read lets Policy('magic') raise a bare ValueError",
-)
 def test_unknown_policy_in_the_file_is_refused(folder):
     edit(folder, lambda config: config["sites"][1].update(policy="magic"))
     assert_refused(fresh(), folder, dv.ArtifactError, "magic")

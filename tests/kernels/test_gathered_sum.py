@@ -8,7 +8,9 @@ from dejavu_compile.kernels import gathered_sum, gathered_sum_reference
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 TOKENS = pytest.mark.parametrize("m", [1, 3], ids=["m1", "m3"])
-SIZES = pytest.mark.parametrize(("n", "d"), [(100, 63), (1000, 128)], ids=["n100-d63", "n1000-d128"])
+SIZES = pytest.mark.parametrize(
+    ("n", "d"), [(100, 63), (1000, 128)], ids=["n100-d63", "n1000-d128"]
+)
 FORMS = pytest.mark.parametrize("form", [gathered_sum, gathered_sum_reference])
 COMPACTED = pytest.mark.parametrize("compacted", [True, False], ids=["by_slot", "by_unit"])
 KEEP = {
@@ -41,7 +43,11 @@ def prepared(by_unit, keep, compacted):
 @COMPACTED
 @pytest.mark.parametrize("share", KEEP)
 def test_equals_float64(form, dtype, m, n, d, compacted, share):
-    by_unit, weight, keep = torch.randn(m, n).to(dtype), torch.randn(n, d).to(dtype), KEEP[share](n)
+    by_unit, weight, keep = (
+        torch.randn(m, n).to(dtype),
+        torch.randn(n, d).to(dtype),
+        KEEP[share](n),
+    )
     hidden, index, count = prepared(by_unit, keep, compacted)
     got = form(hidden, weight, index, count, compacted)
     assert got.dtype is torch.float32
@@ -56,7 +62,11 @@ def test_equals_float64(form, dtype, m, n, d, compacted, share):
 def test_strided_rows(form, compacted, share):
     by_unit, keep = torch.randn(3, 100), KEEP[share](100)
     hidden, index, count = prepared(by_unit, keep, compacted)
-    for weight in (torch.randn(200, 63)[::2], torch.randn(200, 63)[100:], torch.randn(100, 99)[:, :63]):
+    for weight in (
+        torch.randn(200, 63)[::2],
+        torch.randn(200, 63)[100:],
+        torch.randn(100, 99)[:, :63],
+    ):
         exact = (by_unit.double() * keep) @ weight.double()
         models.assert_near(form(hidden, weight, index, count, compacted).sum(0), exact, 1e-5)
 
@@ -107,8 +117,10 @@ def chain(source, down, up, bias, gate, weight, out):
     ops = torch.ops.dejavu
     index, count = ops.select(source, down, up, bias)
     hidden = ops.gathered_glu(source, gate, None, weight, None, index, count, "silu")
-    dense = ops.gemv(source, out.T.contiguous(), None, "identity")
-    return ops.gathered_sum(hidden, out, index, count, True).sum(0) + torch.relu(source) + dense.sum()
+    dense = ops.gemv(source, out, None, "identity")
+    return (
+        ops.gathered_sum(hidden, out, index, count, True).sum(0) + torch.relu(source) + dense.sum()
+    )
 
 
 def exact_chain(source, weight, out):
@@ -130,6 +142,10 @@ def test_inductor_equals_eager():
     exact = torch.compile(exact_chain, backend="inductor", fullgraph=True)
     for _ in range(2):
         source = torch.randn(2, d)
-        torch.testing.assert_close(compiled(source, *weights), chain(source, *weights), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            compiled(source, *weights), chain(source, *weights), rtol=1e-4, atol=1e-3
+        )
         arguments = (source, weights[3], weights[5])
-        torch.testing.assert_close(exact(*arguments), exact_chain(*arguments), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(
+            exact(*arguments), exact_chain(*arguments), rtol=1e-4, atol=1e-3
+        )

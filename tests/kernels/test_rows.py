@@ -15,11 +15,11 @@ from dejavu_compile.kernels import (
 )
 from dejavu_compile.kernels.activations import REFERENCE
 
-DTYPES = pytest.mark.parametrize(
-    "dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"]
-)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 TOKENS = pytest.mark.parametrize("m", [1, 3], ids=["m1", "m3"])
-SIZES = pytest.mark.parametrize(("n", "d"), [(100, 63), (1000, 128)], ids=["n100-d63", "n1000-d128"])
+SIZES = pytest.mark.parametrize(
+    ("n", "d"), [(100, 63), (1000, 128)], ids=["n100-d63", "n1000-d128"]
+)
 COUNTS = pytest.mark.parametrize("share", ["none", "one", "few", "most", "all"])
 FORMS = pytest.mark.parametrize("form", [gathered_rows, gathered_rows_reference])
 
@@ -75,7 +75,11 @@ def plain(x, weight, bias, activation):
 @SIZES
 @COUNTS
 def test_rows_equal_float64(form, dtype, m, n, d, share):
-    x, weight, bias = torch.randn(m, d).to(dtype), torch.randn(n, d).to(dtype), torch.randn(n).to(dtype)
+    x, weight, bias = (
+        torch.randn(m, d).to(dtype),
+        torch.randn(n, d).to(dtype),
+        torch.randn(n).to(dtype),
+    )
     chosen = selection(n, share)
     got = form(x, weight, bias, *chosen, "silu")
     assert got.dtype is dtype
@@ -164,7 +168,11 @@ def test_glu_equals_float64(form, dtype, m, share, biased):
 @TOKENS
 @SIZES
 def test_gemv_equals_float64(dtype, m, n, d):
-    x, weight, bias = torch.randn(m, d).to(dtype), torch.randn(n, d).to(dtype), torch.randn(n).to(dtype)
+    x, weight, bias = (
+        torch.randn(m, d).to(dtype),
+        torch.randn(n, d).to(dtype),
+        torch.randn(n).to(dtype),
+    )
     for activation in REFERENCE:
         exact = dense64(x, weight, bias, activation)
         low = plain(x, weight, bias, activation)

@@ -63,7 +63,9 @@ def test_int8_weights(op, dtype, m):
     up = torch.randint(-128, 128, (100, 16), dtype=torch.int8)
     arguments = (source, down, up, bias)
     scale = scores(*arguments).abs().max().item()
-    assert_selects(op(*arguments), arguments, margin=scale * (1e-5 if dtype.itemsize == 4 else 0.02))
+    assert_selects(
+        op(*arguments), arguments, margin=scale * (1e-5 if dtype.itemsize == 4 else 0.02)
+    )
 
 
 @pytest.mark.parametrize("op", [select, select_reference])
@@ -78,7 +80,7 @@ def test_counts(op, units):
 
 @pytest.mark.parametrize("op", [select, select_reference])
 def test_score_of_zero_is_not_selected(op):
-    index, count = op(torch.zeros(1, 8), torch.ones(2, 8), torch.ones(5, 2), torch.zeros(5))
+    _, count = op(torch.zeros(1, 8), torch.ones(2, 8), torch.ones(5, 2), torch.zeros(5))
     assert int(count) == 0
 
 

@@ -74,5 +74,3 @@ def test_any_size_and_threshold(n, m, threshold, seed):
 def test_opcheck(m):
     torch.library.opcheck(torch.ops.dejavu.compact.default, (torch.randn(m, 63), 1.0))
     torch.library.opcheck(torch.ops.dejavu.compact.default, (torch.randn(63, m).T, 1.0))
-
-

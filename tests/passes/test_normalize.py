@@ -129,7 +129,6 @@ class _NamedLikeAnOp(nn.Module):
         return self.down(F.relu(relu) + linear)
 
 
-@pytest.mark.xfail(strict=True, reason="normalize gives placeholders names that ops have already")
 @torch.no_grad()
 def test_inputs_named_like_ops():
     model = _NamedLikeAnOp()

@@ -1,0 +1,263 @@
+"""The Triton kernels against their references. Not collected by name: `test_interpreter.py` runs it.
+
+With TRITON_INTERPRET=1 the kernels run on CPU tensors, else on the GPU. Whatever a launcher allocates is
+filled with NaN or wild indices first, so that an element that no program writes shows up.
+"""
+
+import importlib
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dejavu_compile.kernels import (
+    compact_reference,
+    gathered_glu_reference,
+    gathered_rows_reference,
+    gathered_sum_reference,
+    select_reference,
+)
+from dejavu_compile.kernels._triton import empty
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The functions `select`, ... of the package hide the modules of the same name.
+ROWS, SELECT, SELECTION, SUM = (
+    importlib.import_module(f"dejavu_compile.kernels.{name}")
+    for name in ("rows", "select", "selection", "gathered_sum")
+)
+WILD = 2**30
+
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16] + ([] if INTERPRETED else [torch.float16]),
+    ids=lambda dtype: str(dtype).removeprefix("torch."),
+)
+TOKENS = pytest.mark.parametrize("m", [1, 3], ids=["m1", "m3"])
+# The interpreter takes milliseconds a program
+SIZES = pytest.mark.parametrize(
+    ("n", "d"), [(9, 63)] if INTERPRETED else [(100, 63), (1000, 128), (3001, 2048), (515, 4100)],
+    ids=lambda v: str(v),
+)  # fmt: skip
+SHARES = pytest.mark.parametrize(
+    "share", ["none", "some", "all"] if INTERPRETED else ["none", "one", "some", "all"]
+)
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Outputs and scratch that start as NaN or as indices far outside."""
+
+    def poison(*shape, like, dtype=None):
+        out = empty(*shape, like=like, dtype=dtype)
+        return out.fill_(float("nan") if out.is_floating_point() else WILD)
+
+    for module in (ROWS, SELECT, SELECTION, SUM):
+        monkeypatch.setattr(module, "empty", poison)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape).to(DEVICE, dtype)
+
+
+def chosen(n, share):
+    """A selection, with wild indices past its count."""
+    keep = {
+        "none": torch.zeros(n, dtype=torch.bool),
+        "one": torch.arange(n) == n - 1,
+        "some": torch.arange(n) % 3 == 1,
+        "all": torch.ones(n, dtype=torch.bool),
+    }[share]
+    units = keep.nonzero().flatten()
+    index = torch.full((n,), WILD, dtype=torch.int32)
+    index[: len(units)] = units
+    return index.to(DEVICE), torch.tensor(len(units), dtype=torch.int32, device=DEVICE)
+
+
+def assert_selection(got, expected):
+    index, count = got[:2]
+    assert int(count) == int(expected[1])
+    assert torch.equal(index, expected[0])
+
+
+def assert_close(got, exact, dtype):
+    """Both accumulate in fp32; what differs is the order of sums and one rounding."""
+    assert got.shape == exact.shape
+    eps = torch.finfo(dtype).eps
+    scale = exact.double().abs().max().clamp_min(1) if exact.numel() else 1
+    error = (got.double() - exact.double()).abs()
+    assert not got.isnan().any()
+    assert error.max() <= (eps + 2e-6) * scale
+
+
+compact_kernels = (SELECTION._compact_kernel, SELECTION.scatter_kernel)
+select_kernels = (SELECT._inner_kernel, SELECT._score_kernel, SELECTION.scatter_kernel)
+
+
+@DTYPES
+@TOKENS
+@pytest.mark.parametrize("n", [1, 33, 1000] if not INTERPRETED else [33])
+@pytest.mark.parametrize("threshold", [0.0, 1e9])
+def test_compact(n, m, dtype, threshold):
+    values = randn(m, n, dtype=dtype)
+    values[:, ::4] = 0
+    got = SELECTION.launch_compact(compact_kernels, values, threshold)
+    assert_selection(got, compact_reference(values, threshold))
+
+
+def test_compact_keeps_nan():
+    values = torch.zeros(2, 100, device=DEVICE)
+    values[1, 70] = float("nan")
+    got = SELECTION.launch_compact(compact_kernels, values, 1e30)
+    assert (int(got[1]), int(got[0][0])) == (1, 70)
+
+
+def exact_predictor(m, n, s, r, dtype):
+    """Small integers: scores are exact in any order, so that the lists have to be equal."""
+    source = torch.randint(-3, 4, (m, s)).to(DEVICE, dtype)
+    down = torch.randint(-1, 2, (r, s)).to(DEVICE)
+    up = torch.randint(-1, 2, (n, r)).to(DEVICE)
+    return source, down, up, torch.randint(-20, 20, (n,)).to(DEVICE, torch.float32)
+
+
+@pytest.mark.parametrize("weights", ["same", "int8"])
+@DTYPES
+@TOKENS
+@pytest.mark.parametrize(
+    ("n", "s", "r"), [(33, 63, 3)] if INTERPRETED else [(100, 63, 16), (33, 5000, 3), (1, 7, 1)]
+)
+def test_select(n, s, r, m, dtype, weights):
+    source, down, up, bias = exact_predictor(m, n, s, r, dtype)
+    kind = torch.int8 if weights == "int8" else dtype
+    down, up = down.to(kind), up.to(kind)
+    for shift in (0.0, 1e6):
+        got = SELECT.launch_select(select_kernels, source, down, up, bias + shift)
+        assert_selection(got, select_reference(source, down, up, bias + shift))
+
+
+def test_select_of_every_int8():
+    """The widening of int8 is exact."""
+    every = torch.arange(-128, 128, device=DEVICE).to(torch.int8)
+    source, down = (
+        torch.ones(1, 1, device=DEVICE),
+        torch.ones(1, 1, device=DEVICE, dtype=torch.int8),
+    )
+    for at in (-128, -1, 127):
+        bias = torch.full((256,), -float(at), device=DEVICE)
+        got = SELECT.launch_select(select_kernels, source, down, every[:, None].contiguous(), bias)
+        assert int(got[1]) == 127 - at
+
+
+def test_select_keeps_nan():
+    source, down, up, bias = exact_predictor(2, 100, 63, 16, torch.float32)
+    down, up = down.float(), up.float()
+    bias[:] = -1e6
+    bias[40] = float("nan")
+    got = SELECT.launch_select(select_kernels, source, down, up, bias)
+    assert (int(got[1]), int(got[0][0])) == (1, 40)
+    source[1, 5] = float("nan")
+    assert int(SELECT.launch_select(select_kernels, source, down, up, bias)[1]) == 100
+
+
+@DTYPES
+@TOKENS
+@SIZES
+@SHARES
+def test_rows(n, d, m, dtype, share):
+    x, weight, bias = randn(m, d, dtype=dtype), randn(n, d, dtype=dtype), randn(n, dtype=dtype)
+    selection = chosen(n, share)
+    for b in (None, bias):
+        got = ROWS.launch_rows(ROWS._rows_kernel, x, weight, b, selection, "identity")
+        expected = gathered_rows_reference(x, weight, b, *selection, "identity")
+        assert got.dtype is dtype
+        assert_close(got, expected, dtype)
+
+
+@pytest.mark.parametrize("activation", ROWS.REFERENCE)
+@TOKENS
+def test_activations(activation, m):
+    x, weight, bias, selection = randn(m, 63), randn(9, 63) / 8, randn(9), chosen(9, "some")
+    got = ROWS.launch_rows(ROWS._rows_kernel, x, weight, bias, selection, activation)
+    assert_close(
+        got, gathered_rows_reference(x, weight, bias, *selection, activation), torch.float32
+    )
+    x[0, 5] = float("nan")
+    k = int(selection[1])
+    got = ROWS.launch_rows(ROWS._rows_kernel, x, weight, bias, selection, activation)
+    assert got[0, :k].isnan().all()
+    assert not got[0, k:].any()
+    assert not got[1:].isnan().any()
+
+
+@DTYPES
+@TOKENS
+@SHARES
+@pytest.mark.parametrize("activation", ["silu"])
+def test_glu_of_interleaved_rows(m, dtype, share, activation):
+    n, d = 9, 63
+    x, both = randn(m, d, dtype=dtype), randn(2 * n, d, dtype=dtype)
+    gate_bias, up_bias, selection = randn(n, dtype=dtype), randn(n, dtype=dtype), chosen(n, share)
+    for gate, up in ((both[::2], both[1::2]), (both[:n], both[n:])):
+        got = ROWS.launch_rows(
+            ROWS._rows_kernel, x, gate, gate_bias, selection, activation, up, up_bias
+        )
+        expected = gathered_glu_reference(x, gate, gate_bias, up, up_bias, *selection, activation)
+        assert_close(got, expected, dtype)
+
+
+def test_strided_bias():
+    """`interleaved(x) + bias` is rewritten to rows with every second element of the bias."""
+    x, weight, bias, selection = randn(1, 63), randn(200, 63), randn(200), chosen(100, "some")
+    got = ROWS.launch_rows(ROWS._rows_kernel, x, weight[::2], bias[::2], selection, "identity")
+    expected = gathered_rows_reference(x, weight[::2], bias[::2], *selection, "identity")
+    assert_close(got, expected, torch.float32)
+
+
+@DTYPES
+@TOKENS
+@SIZES
+def test_gemv(n, d, m, dtype):
+    x, weight, bias = randn(m, d, dtype=dtype), randn(n, d, dtype=dtype), randn(n, dtype=dtype)
+    got = ROWS.launch_rows(ROWS._rows_kernel, x, weight, bias, None, "relu")
+    exact = F.relu(F.linear(x.double(), weight.double(), bias.double()))
+    assert_close(got, exact, dtype)
+
+
+@pytest.mark.parametrize("compacted", [True, False], ids=["by_slot", "by_unit"])
+@DTYPES
+@TOKENS
+@SIZES
+@SHARES
+def test_sum(n, d, m, dtype, share, compacted):
+    selection = chosen(n, share)
+    k = int(selection[1])
+    hidden = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
+    live = slice(0, k) if compacted else selection[0][:k].long()
+    hidden[:, live] = randn(m, k, dtype=dtype)
+    fused = randn(2 * n, d, dtype=dtype)
+    for weight in (fused[n:], fused[::2]):
+        got = SUM.launch_sum(SUM._sum_kernel, hidden, weight, *selection, compacted)
+        expected = gathered_sum_reference(hidden, weight, *selection, compacted)[0]
+        assert got.dtype is torch.float32
+        assert_close(got.sum(0), expected, torch.float32)
+
+
+def test_many_units():
+    """In the interpreter fewer, but more than one block of everything."""
+    n, d = (200 if INTERPRETED else 10000), 63
+    x, weight = randn(1, d), randn(n, d)
+    selection = SELECTION.launch_compact(compact_kernels, randn(1, n), 1.0)
+    rows = ROWS.launch_rows(ROWS._rows_kernel, x, weight, None, selection, "relu")
+    assert_close(rows, gathered_rows_reference(x, weight, None, *selection, "relu"), torch.float32)
+    got = SUM.launch_sum(SUM._sum_kernel, rows, weight, *selection, True)
+    expected = gathered_sum_reference(rows, weight, *selection, True)
+    assert_close(got.sum(0), expected[0], torch.float32)
+
+
+def test_same_input_gives_the_same_bits():
+    hidden, weight, selection = randn(1, 200), randn(200, 63), chosen(200, "some")
+    one, two = (
+        SUM.launch_sum(SUM._sum_kernel, hidden, weight, *selection, True) for _ in range(2)
+    )
+    assert torch.equal(one, two)
