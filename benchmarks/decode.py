@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "inline": {},
+    "inline": {"dejavu.issue": "inline"},
     "side_stream": {"dejavu.issue": "side_stream"},
     "no_gemv": {"dejavu.gemv": False},
     "exact": {},

@@ -73,7 +73,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     for policy in args.policies:
         calibration = dv.calibrate(model, text, policy=policy, density=0.5, progress=False)
-        calibration.save_pretrained(args.out.with_suffix("") / policy)
         for density in DENSITIES:
             candidate = calibration.at_density(density)
             candidate.attach(model)

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from dejavu_compile.passes.schedule import Issue
-
 from ._compat import list_mode_options
 from .errors import OptionError
 
@@ -22,12 +20,20 @@ class ExecutionMode(StrEnum):
     DENSE = "dense"
 
 
+class IssueMode(StrEnum):
+    """How predictors run on CUDA: `auto` is a side stream within CUDA graphs, else in line."""
+
+    AUTO = "auto"
+    INLINE = "inline"
+    SIDE_STREAM = "side_stream"
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
     """Our own options, by their names without the prefix."""
 
     execution: ExecutionMode = ExecutionMode.AUTO
-    issue: Issue = Issue.INLINE  # how predictors are issued on CUDA
+    issue: IssueMode = IssueMode.AUTO  # how predictors are issued on CUDA
     max_tokens: int = 4  # tokens a step up to which an MLP runs the union of the selections
     exact: bool = True  # skip units that the graph's own ReLU zeroes, also with no artifact
     gemv: bool = True  # our GEMV for the projections of a CUDA decode step that stay dense

@@ -3,8 +3,7 @@ import torch
 
 from dejavu_compile import DejavuError, OptionError
 from dejavu_compile.backend import dejavu
-from dejavu_compile.options import ExecutionMode, Options, split_options
-from dejavu_compile.passes.schedule import Issue
+from dejavu_compile.options import ExecutionMode, IssueMode, Options, split_options
 
 
 @pytest.mark.parametrize(
@@ -51,7 +50,9 @@ def test_wrong_type_is_refused_and_named(name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "enum"), [("execution", ExecutionMode), ("issue", Issue)], ids=["execution", "issue"]
+    ("name", "enum"),
+    [("execution", ExecutionMode), ("issue", IssueMode)],
+    ids=["execution", "issue"],
 )
 def test_enum_options_take_each_value_by_name_or_member(name, enum):
     for member in enum:

@@ -11,6 +11,7 @@ from dejavu_compile.passes.find_sites import find_sites
 from dejavu_compile.passes.fuse import Fused, fuse
 from dejavu_compile.passes.rewrite import rewrite
 
+
 def gather(keep):
     def run(gm):
         return rewrite(gm, tuple(models.forced(site, keep) for site in find_sites(gm).sites))
