@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 PREDICTOR_BUDGET = 0.05
 MAX_TOKENS = 200_000
 HELD_OUT = 0.15
+FIT_STEPS = 500
 
 Progress = Callable[[str, int, int], None]
 
@@ -137,7 +138,11 @@ def _fit(
     examples = [_examples(record, source) for record, source, _ in jobs]
     split = [e.split(HELD_OUT) for e in examples]
     fitted = fit_predictors(
-        [fit for fit, _ in split], [rank for *_, rank in jobs], seed=seed, progress=progress
+        [fit for fit, _ in split],
+        [rank for *_, rank in jobs],
+        seed=seed,
+        steps=FIT_STEPS,
+        progress=progress,
     )
     fitted = [predictor.quantized() for predictor in fitted]
     # One threshold for all sites: scores are in one unit, so each site gets the density that it needs.

@@ -132,6 +132,9 @@ def launch_select(
 @custom_op("dejavu::select_cpu", mutates_args=())
 def select_cpu(source: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Opaque to tracing, and in the source's dtype, which is the CPU's fast path."""
+    if source.dtype is torch.float16:
+        # int8 weights leave their scale to the bias, so scores pass fp16's 65504
+        source = source.float()
     inner = _project(source, down)
     return listed(~(_project(inner, up).float() + bias <= 0))
 

@@ -46,7 +46,7 @@ def perplexity_with_units_zeroed(model, calibration, ids):
         for handle in handles:
             handle.remove()
     loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-    return math.exp(loss.item()), sum(kept) / len(kept)
+    return math.exp(loss.item()), sum(kept) / max(len(kept), 1)
 
 
 def test_masked_evaluation_equals_zeroing_units_by_hooks(calibrated):
@@ -56,8 +56,8 @@ def test_masked_evaluation_equals_zeroing_units_by_hooks(calibrated):
     found = dv.evaluate(model, [ids])
     dense, _ = perplexity_with_units_zeroed(model, calibration.with_sites(()), ids)
     assert found.perplexity_dense == pytest.approx(dense, rel=1e-5)
-    assert found.perplexity_sparse == pytest.approx(expected, rel=1e-4)
-    assert abs(expected / dense - 1) > 1e-3, "the oracle must tell sparse from dense"
+    assert found.perplexity_sparse == pytest.approx(expected, rel=2e-5)
+    assert abs(expected / dense - 1) > 2e-4, "the oracle must tell sparse from dense"
     assert 0.15 < density < 0.45
     assert found.tokens == ids.shape[0] * (ids.shape[1] - 1)
 

@@ -69,6 +69,18 @@ def test_int8_weights(op, dtype, m):
 
 
 @pytest.mark.parametrize("op", [select, select_reference])
+def test_int8_scores_may_pass_the_range_of_fp16(op):
+    down, up = (
+        torch.full((16, 64), 127, dtype=torch.int8),
+        torch.full((4, 16), 127, dtype=torch.int8),
+    )
+    score = 64 * 127 * 16 * 127.0
+    bias = torch.tensor([1 - score, -1e6 - score, 1e6 - score, -2 * score])
+    index, count = op(torch.ones(1, 64, dtype=torch.float16), down, up, bias)
+    assert index[: int(count)].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("op", [select, select_reference])
 @pytest.mark.parametrize("units", [[], [0], [99], list(range(100))], ids=["0", "1", "last", "all"])
 def test_counts(op, units):
     source, down, up, bias = predictor(3, 100, 63, 16)
