@@ -21,8 +21,8 @@ def prepared(monkeypatch):
     """What our passes did with each graph: proof that the backend was reached."""
     seen, run = [], backend.prepare
 
-    def spy(*args):
-        seen.append(run(*args))
+    def spy(*args, **kwargs):
+        seen.append(run(*args, **kwargs))
         return seen[-1]
 
     monkeypatch.setattr(backend, "prepare", spy)
