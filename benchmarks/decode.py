@@ -100,7 +100,7 @@ def table(result: dict[str, Any]) -> str:
 def main() -> None:
     """Parse the command line, run, print one table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", default="opt-6.7b")
+    parser.add_argument("--shape", help="default: opt-6.7b on a GPU, opt-1.3b without one")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--length", type=int, default=512)
@@ -116,6 +116,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     args = parser.parse_args()
+    args.shape = args.shape or ("opt-6.7b" if torch.cuda.is_available() else "opt-1.3b")
     print(environment(), flush=True)
     result = run(args)
     write(args.out, result)

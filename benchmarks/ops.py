@@ -176,6 +176,9 @@ def main() -> None:
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "ops.json")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("ops.py needs an NVIDIA GPU: nothing was measured")
+        return
     print(environment(), flush=True)
     rows = []
     for shape in args.shapes:

@@ -91,10 +91,11 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", default=["predict"])
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--calibration-windows", type=int, default=320)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/quality.json")
+    parser.add_argument("--out", type=Path, help="default: quality-MODEL.json among the results")
     args = parser.parse_args()
     print(environment(), flush=True)
-    write(args.out, run(args))
+    out = args.out or ROOT / f"benchmarks/results/quality-{args.model.name}.json"
+    write(out, run(args))
 
 
 if __name__ == "__main__":
