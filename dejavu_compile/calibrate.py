@@ -89,7 +89,7 @@ def _choose(policy: str, record: Recording, source: Recording | None, rank: int)
         return Policy.GATE if site.gate is not None else Policy.DENSE
     if policy == "predict":
         return Policy.PREDICT if can_predict else fallback
-    # Without exact zeros a low-rank guess of |activation| is worse than the gate itself (docs/predictors).
+    # Without exact zeros a low-rank guess of |activation| was worse than the gate itself (SwiGLU decoder).
     if site.exact is None and site.gate is not None and len(site.row_leaves) > 1:
         return Policy.GATE
     return Policy.PREDICT if can_predict else fallback

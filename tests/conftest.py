@@ -67,3 +67,17 @@ def fresh_compiler():
     # Without Dynamo loaded nothing has compiled, and resetting would load it
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """What our passes did with each graph, in order: also proof that the backend was reached."""
+    backend = sys.modules["dejavu_compile.backend"]
+    seen, run = [], backend.prepare
+
+    def spy(*args, **kwargs):
+        seen.append(run(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr(backend, "prepare", spy)
+    return seen

@@ -15,19 +15,6 @@ STEPS = 4
 RELATIVE = 1e-5
 
 
-@pytest.fixture
-def prepared(monkeypatch):
-    """What our passes did with each graph, in order of compilation."""
-    seen, run = [], backend.prepare
-
-    def spy(*args, **kwargs):
-        seen.append(run(*args, **kwargs))
-        return seen[-1]
-
-    monkeypatch.setattr(backend, "prepare", spy)
-    return seen
-
-
 @torch.no_grad()
 def logits_of_decoding(model, ids, call):
     """Logits of the prefill and of STEPS decode steps, with a dynamic cache."""

@@ -5,7 +5,6 @@ import torch
 from tiny import selecting_everything, text, texts, tiny
 
 import dejavu_compile as dv
-from dejavu_compile import backend
 
 SAMPLING = {"do_sample": True, "temperature": 0.9, "top_k": 20}
 WAYS = {
@@ -14,19 +13,6 @@ WAYS = {
         model, "forward", torch.compile(model.forward, backend="dejavu_eager")
     ),
 }
-
-
-@pytest.fixture
-def prepared(monkeypatch):
-    """What our passes did with each graph: proof that the backend was reached."""
-    seen, run = [], backend.prepare
-
-    def spy(*args, **kwargs):
-        seen.append(run(*args, **kwargs))
-        return seen[-1]
-
-    monkeypatch.setattr(backend, "prepare", spy)
-    return seen
 
 
 @pytest.fixture(scope="module")
