@@ -1,6 +1,6 @@
 """The MLP part of decode alone: a stack of residual MLPs, dense Inductor against dejavu, one run.
 
-    python benchmarks/mlp.py --width 2048 --units 8192 --layers 6 --density 0.1
+    python benchmarks/mlp.py --width 2048 --units 8192 --layers 24 --density 0.1
 
 Random weights, bf16, one token; every MLP but the first runs the neurons that a predictor of 5 % of its
 bytes selects. The two are timed in turns, so that what disturbs one disturbs the other, and a time counts
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--units", type=int, default=8192)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--out", type=Path, default=RESULTS / "mlp-cpu.json")

@@ -17,6 +17,7 @@ from torch._functorch.aot_autograd import construct_fake_mode, process_inputs
 from torch._guards import TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
+from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -33,6 +34,7 @@ __all__ = [
     "inductor_config",
     "inductor_option_names",
     "list_mode_options",
+    "load_cpp",
     "qualified_name",
     "trace_to_aten",
     "unset_fake_temporarily",
@@ -118,3 +120,11 @@ def compile_counters() -> dict[str, int]:
 def inductor_option_names() -> set[str]:
     """The names that Inductor accepts as options."""
     return set(list_options())
+
+
+def load_cpp(source: str) -> Any:
+    """Compile C++ source with the flags of Inductor's own kernels, and load it (a ctypes.CDLL).
+
+    Kept in Inductor's cache on disk by its content. Raises what the compiler raises.
+    """
+    return CppCodeCache.load(source)

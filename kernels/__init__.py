@@ -7,13 +7,13 @@ if __name__ == "kernels":
     hand_over()
 else:
     from .gathered_sum import gathered_sum, gathered_sum_reference
+    from .gemv import gemv, gemv_reference
     from .lookahead import select_begin, select_join
     from .rows import (
         gathered_glu,
         gathered_glu_reference,
         gathered_rows,
         gathered_rows_reference,
-        gemv,
     )
     from .select import select, select_reference
     from .selection import compact, compact_reference
@@ -28,6 +28,7 @@ __all__ = [
     "gathered_sum",
     "gathered_sum_reference",
     "gemv",
+    "gemv_reference",
     "select",
     "select_begin",
     "select_join",

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from ._triton import cdiv
-from .select import _inner_kernel, _score_kernel, launch_select, num_splits, select_cpu
-from .selection import SEGMENT, fake_selection, scatter_kernel
+from .select import launch_select, scratch, select_cpu, select_kernels
+from .selection import fake_selection
 
 
 @cache
@@ -29,7 +28,7 @@ def select_begin(
     if not source.is_cuda:
         index, count = select_cpu(source, down, up, bias)
         return index, count, source.new_empty(0), index.new_empty(0), index.new_empty(0)
-    kernels = (_inner_kernel, _score_kernel, scatter_kernel)
+    kernels = select_kernels(source, down, up)
     if not source.is_contiguous():
         # A contiguous copy would be freed here, while the side stream still reads it: stay in line.
         return launch_select(kernels, source, down, up, bias)
@@ -66,15 +65,10 @@ class _Recorded:
 
 @select_begin.register_fake
 def _(source: Tensor, down: Tensor, up: Tensor, bias: Tensor):
-    n, rank = up.shape
-    index, count = fake_selection(source, n)
+    index, count = fake_selection(source, up.shape[0])
     if not source.is_cuda:
         return index, count, source.new_empty(0), index.new_empty(0), index.new_empty(0)
-    segments = cdiv(n, SEGMENT)
-    splits = num_splits(rank, source.shape[1])
-    inner = source.new_empty(splits, source.shape[0], rank, dtype=torch.float32)
-    local = index.new_empty(segments * SEGMENT)
-    return index, count, inner, local, index.new_empty(segments)
+    return index, count, *scratch(source, down, up)
 
 
 @custom_op("dejavu::select_join", mutates_args=("index", "count"))

@@ -1,16 +1,16 @@
-"""Projections at a few tokens: all weight rows (`gemv`), or those that a selection names.
+"""Projections of a few tokens by the weight rows that a selection names.
 
-    gemv           y[t, j] = act(weight[j] @ x[t] + bias[j])
-    gathered_rows  y[t, j] = act(weight[index[j]] @ x[t] + bias[index[j]])      for j < count, else 0
-    gathered_glu   y[t, j] = act(gate[index[j]] @ x[t]) * (up[index[j]] @ x[t]) for j < count, else 0
+    gathered_rows  y[t, j] = act(weight[index[j]] @ x[t] + bias[index[j]])           for j < count
+    gathered_glu   y[t, j] = act(gate[index[j]] @ x[t]) * (up[index[j]] @ x[t])      for j < count
 
-Each reads count * d weights, once, whatever the number of tokens. (Deja Vu, section 4.4)
+Slots from `count` on are left as they are: nothing may read them. (Deja Vu, section 4.4)
 """
 
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op, triton_op
+from torch.library import triton_op
 
+from . import cpu
 from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
 from .activations import REFERENCE, activate
 
@@ -24,8 +24,8 @@ def gathered_rows_reference(
 ) -> Tensor:
     """x [m, d]; weight [n, d] of its dtype, rows contiguous, any row stride; bias [n] or None.
 
-    index [n] int32 and count [] int32 are a selection. Returns [m, n] of x's dtype, by slot, zero from
-    `count` on; accumulated in fp32.
+    index [n] int32 and count [] int32 are a selection. Returns [m, n] of x's dtype, by slot, here with
+    zeros from `count` on; accumulated in fp32.
     """
     k = int(count)
     chosen = index[:k]
@@ -48,65 +48,64 @@ def gathered_glu_reference(
 
 
 @jit
+def dots(x_ptr, row, live, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The dot product of x [D] with each of BLOCK_J rows; `row` [BLOCK_J, 1] points to their beginnings."""
+    # Products are added up per column and reduced once: no cross-warp sum in the loop.
+    total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
+    for start in tl.static_range(0, D, BLOCK_D):
+        at = start + tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+        inside = live[:, None] & (at[None, :] < D)
+        w = tl.load(row + at[None, :], mask=inside, other=0.0).to(tl.float32)
+        total += w * x[None, :]
+    return tl.sum(total, axis=1)
+
+
+@jit
 def _rows_kernel(
     x_ptr, weight_ptr, bias_ptr, up_ptr, up_bias_ptr, index_ptr, count_ptr, out_ptr,
     n, weight_stride, up_stride,
     D: tl.constexpr, TOKENS: tl.constexpr,
-    GATHER: tl.constexpr, GLU: tl.constexpr,
+    GLU: tl.constexpr,
     BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid: a fixed number of programs, each taking every num_programs-th block of BLOCK_J slots.
-
-    A program stops at the count, which it reads from the device; then it zeroes its share of the rest.
-    """
-    count = tl.load(count_ptr) if GATHER else n
-    programs = tl.num_programs(0)
-    column = tl.arange(0, BLOCK_D)
-    for block in range(tl.program_id(0), tl.cdiv(n, BLOCK_J), programs):
-        slot = block * BLOCK_J + tl.arange(0, BLOCK_J)
-        if block * BLOCK_J < count:
-            live = slot < count
-            unit = tl.load(index_ptr + slot, mask=live, other=0) if GATHER else slot
-            row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride  # [BLOCK_J, 1]
-            up_row = up_ptr + unit[:, None].to(tl.int64) * up_stride
-            for token in tl.static_range(TOKENS):
-                # Products are added up per column and reduced once: no cross-warp sum in the loop.
-                total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
-                up_total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
-                for start in tl.static_range(0, D, BLOCK_D):
-                    at = start + column
-                    inside = live[:, None] & (at[None, :] < D)
-                    x = tl.load(x_ptr + token * D + at, mask=at < D, other=0.0).to(tl.float32)
-                    w = tl.load(row + at[None, :], mask=inside, other=0.0).to(tl.float32)
-                    total += w * x[None, :]
-                    if GLU:
-                        u = tl.load(up_row + at[None, :], mask=inside, other=0.0).to(tl.float32)
-                        up_total += u * x[None, :]
-                y = tl.sum(total, axis=1)
-                if BIAS:
-                    y += tl.load(bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
-                y = activate(y, ACTIVATION)
-                if GLU:
-                    up = tl.sum(up_total, axis=1)
-                    if UP_BIAS:
-                        up += tl.load(up_bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
-                    y = y * up
-                y = tl.where(live, y, 0.0)
-                tl.store(out_ptr + token * n + slot, y.to(out_ptr.dtype.element_ty), mask=slot < n)
-        else:
-            for token in tl.static_range(TOKENS):
-                zero = tl.zeros([BLOCK_J], dtype=out_ptr.dtype.element_ty)
-                tl.store(out_ptr + token * n + slot, zero, mask=slot < n)
+    """Grid: a fixed number of programs, each taking every num_programs-th block of BLOCK_J slots."""
+    step = tl.num_programs(0) * BLOCK_J
+    slot = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
+    # Loaded beside the count and ahead of each round: one latency less before the weights are asked for.
+    unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
+    count = tl.load(count_ptr)
+    for _ in range(tl.program_id(0) * BLOCK_J, count, step):
+        live = slot < count
+        row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride  # [BLOCK_J, 1]
+        for token in tl.static_range(TOKENS):
+            y = dots(x_ptr + token * D, row, live, D, BLOCK_J, BLOCK_D)
+            if BIAS:
+                y += tl.load(bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
+            y = activate(y, ACTIVATION)
+            if GLU:
+                up_row = up_ptr + unit[:, None].to(tl.int64) * up_stride
+                up = dots(x_ptr + token * D, up_row, live, D, BLOCK_J, BLOCK_D)
+                if UP_BIAS:
+                    up += tl.load(up_bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
+                y = y * up
+            tl.store(out_ptr + token * n + slot, y.to(out_ptr.dtype.element_ty), mask=live)
+        slot += step
+        unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
 
 
-def rows_config(n: int, d: int, gather: bool) -> dict[str, int]:
-    """Block sizes: long rows in one or two steps, few rows a program, so that no load waits alone."""
+def row_blocks(d: int) -> dict[str, int]:
+    """Few rows a program and long steps along them, so that no load waits alone. (H200, d 4096 to 9216)"""
     # Rows of odd length waste less of a shorter block.
-    block_d = min(2048 if gather or d % 2048 == 0 else 1024, power_of_2(d))
-    programs = min(cdiv(n, 2), 16 * PROCESSORS) if gather else cdiv(n, 2)
-    return {"BLOCK_J": 2, "BLOCK_D": block_d, "num_warps": 4, "programs": programs}
+    block_d = min(2048 if d % 2048 == 0 else 1024, power_of_2(d))
+    return {"BLOCK_J": 2, "BLOCK_D": block_d, "num_warps": 4}
+
+
+def rows_config(n: int, d: int) -> dict[str, int]:
+    """Eight programs a multiprocessor share the live slots."""
+    return {**row_blocks(d), "programs": min(cdiv(n, 2), 8 * PROCESSORS)}
 
 
 def check_rows(weight: Tensor) -> None:
@@ -119,11 +118,11 @@ def check_rows(weight: Tensor) -> None:
 
 
 def launch_rows(
-    kernel, x: Tensor, weight: Tensor, bias: Tensor | None, selection: tuple[Tensor, Tensor] | None,
+    kernel, x: Tensor, weight: Tensor, bias: Tensor | None, selection: tuple[Tensor, Tensor],
     activation: str, up: Tensor | None = None, up_bias: Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch `_rows_kernel` (wrapped or not) for any of the three ops."""
+    """Launch `_rows_kernel` (wrapped or not) for either op."""
     x = x.contiguous()
     check_rows(weight)
     if up is not None:
@@ -132,16 +131,14 @@ def launch_rows(
     bias = None if bias is None else bias.contiguous()
     up_bias = None if up_bias is None else up_bias.contiguous()
     (tokens, d), n = x.shape, weight.shape[0]
-    gather = selection is not None
-    config = dict(config or rows_config(n, d, gather))
+    config = dict(config or rows_config(n, d))
     grid = (config.pop("programs"),)
     out = empty(tokens, n, like=x)
-    index, count = selection if gather else (x, x)
     kernel[grid](
         x, weight, x if bias is None else bias, x if up is None else up,
-        x if up_bias is None else up_bias, index, count, out,
+        x if up_bias is None else up_bias, *selection, out,
         n, weight.stride(0), 0 if up is None else up.stride(0),
-        D=d, TOKENS=tokens, GATHER=gather, GLU=up is not None, BIAS=bias is not None,
+        D=d, TOKENS=tokens, GLU=up is not None, BIAS=bias is not None,
         UP_BIAS=up_bias is not None, ACTIVATION=activation, **config,
     )  # fmt: skip
     return out
@@ -150,25 +147,36 @@ def launch_rows(
 def _cpu_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor, activation: str
 ) -> Tensor:
-    """[m, k] for the chosen rows, in x's dtype."""
+    """[m, k] for the chosen rows, in x's dtype, where there is no C++ form."""
     if chosen.numel() > CPU_DENSE_ABOVE * weight.shape[0]:
         return REFERENCE[activation](F.linear(x, weight, bias)).index_select(1, chosen)
     rows = weight.index_select(0, chosen)
     return REFERENCE[activation](F.linear(x, rows, None if bias is None else bias[chosen]))
 
 
-@custom_op("dejavu::gathered_rows_cpu", mutates_args=())
+def _fake_gathered_rows(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor,
+      activation: str) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@cpu.cpu_op("dejavu::gathered_rows_cpu", _fake_gathered_rows)
 def gathered_rows_cpu(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str
 ) -> Tensor:
-    """Gather the rows and multiply: opaque to tracing, since its size depends on the count."""
+    """Opaque to tracing: how much it reads depends on the count."""
     k = int(count)
     result = x.new_zeros(x.shape[0], weight.shape[0])
-    result[:, :k] = _cpu_rows(x, weight, bias, index[:k], activation)
+    if not cpu.rows(result, x, weight, bias, index, k, activation):
+        result[:, :k] = _cpu_rows(x, weight, bias, index[:k], activation)
     return result
 
 
-@custom_op("dejavu::gathered_glu_cpu", mutates_args=())
+def _fake_gathered_glu(x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None,
+      index: Tensor, count: Tensor, activation: str) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape[0], gate.shape[0])
+
+
+@cpu.cpu_op("dejavu::gathered_glu_cpu", _fake_gathered_glu)
 def gathered_glu_cpu(
     x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None,
     index: Tensor, count: Tensor, activation: str,
@@ -176,21 +184,10 @@ def gathered_glu_cpu(
     """The gated pair, opaque to tracing."""
     k = int(count)
     result = x.new_zeros(x.shape[0], gate.shape[0])
-    a = _cpu_rows(x, gate, gate_bias, index[:k], activation)
-    result[:, :k] = a * _cpu_rows(x, up, up_bias, index[:k], "identity")
+    if not cpu.rows(result, x, gate, gate_bias, index, k, activation, up, up_bias):
+        a = _cpu_rows(x, gate, gate_bias, index[:k], activation)
+        result[:, :k] = a * _cpu_rows(x, up, up_bias, index[:k], "identity")
     return result
-
-
-@gathered_rows_cpu.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor,
-      activation: str) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-@gathered_glu_cpu.register_fake
-def _(x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None,
-      index: Tensor, count: Tensor, activation: str) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape[0], gate.shape[0])
 
 
 @triton_op("dejavu::gathered_rows", mutates_args=())
@@ -214,11 +211,3 @@ def gathered_glu(
     return launch_rows(
         wrap_triton(_rows_kernel), x, gate, gate_bias, (index, count), activation, up, up_bias
     )
-
-
-@triton_op("dejavu::gemv", mutates_args=())
-def gemv(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-    """act(x @ weight.T + bias) for x [m, d] of a few tokens and weight [n, d]: [m, n]."""
-    if not x.is_cuda:
-        return REFERENCE[activation](F.linear(x, weight, bias))
-    return launch_rows(wrap_triton(_rows_kernel), x, weight, bias, None, activation)

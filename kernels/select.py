@@ -4,14 +4,19 @@
 
 The calibrated threshold is part of the bias. Three launches: `down @ source`, split so that a small
 rank fills the chip; the scores with a list per program; the lists moved to their places.
+Matrices in int8 are read by the kernels of `select_int8`.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import custom_op, triton_op
+from torch.library import triton_op
 
+from . import cpu
 from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
+from .select_int8 import fits, inner_int8_kernel, score_int8_kernel
 from .selection import SEGMENT, fake_selection, list_segment, listed, scatter, scatter_kernel
 
 
@@ -27,20 +32,7 @@ def select_reference(
 
 
 @jit
-def _widened(weight):
-    """A tile of predictor weights in fp32.
-
-    An int8 x is written into the mantissa of 2^23 and 2^23 subtracted again, two plain instructions:
-    the conversion instruction has a fraction of their throughput.
-    """
-    if weight.dtype == tl.int8:
-        magic = weight.to(tl.int32) + 0x4B000080  # the bits of 2^23 + 128 + x
-        return magic.to(tl.float32, bitcast=True) - 8388736.0
-    return weight.to(tl.float32)
-
-
-@jit
-def _inner_kernel(
+def inner_kernel(
     source_ptr, down_ptr, inner_ptr, rank, width, chunk,
     TOKENS: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -57,13 +49,13 @@ def _inner_kernel(
             inside = (at < width) & (at < split * chunk + chunk)
             x = tl.load(source_ptr + token * width + at, mask=inside, other=0.0).to(tl.float32)
             w = tl.load(base + at[None, :], mask=(row[:, None] < rank) & inside[None, :], other=0)
-            total += _widened(w) * x[None, :]
+            total += w.to(tl.float32) * x[None, :]
         out = (split * TOKENS + token) * rank + row
         tl.store(inner_ptr + out, tl.sum(total, axis=1), mask=row < rank)
 
 
 @jit
-def _score_kernel(
+def score_kernel(
     inner_ptr, up_ptr, bias_ptr, local_ptr, counts_ptr, n, rank,
     TOKENS: tl.constexpr, SPLITS: tl.constexpr,
     SEGMENT: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -86,19 +78,54 @@ def _score_kernel(
             for split in tl.static_range(SPLITS):
                 part = (split * TOKENS + token) * rank + at
                 z += tl.load(inner_ptr + part, mask=at < rank, other=0.0)
-            total += _widened(w) * z[None, :]
+            total += w.to(tl.float32) * z[None, :]
         score = tl.sum(total, axis=1) + bias
         keep = keep | tl.where(score <= 0.0, 0, 1)
     keep = tl.where(unit < n, keep, 0)
     list_segment(keep, unit, local_ptr, counts_ptr, segment, n, SEGMENT)
 
 
-BLOCK_RANK = 2  # rows of `down` that one program reads
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """How `down @ source` is cut up: blocks of rows, and splits of `chunk` columns, `block` at a time."""
+
+    whole_words: bool
+    block_rows: int
+    block: int
+    chunk: int
+    splits: int
 
 
-def num_splits(rank: int, width: int) -> int:
-    """Chunks of the source, so that the first launch has about four programs a multiprocessor."""
-    return max(1, min(cdiv(4 * PROCESSORS, cdiv(rank, BLOCK_RANK)), cdiv(width, 2048), 8))
+def _shape(source: Tensor, down: Tensor, up: Tensor) -> _Shape:
+    """About four programs a multiprocessor in the first launch; block sizes measured on an H200."""
+    width, rank = source.shape[1], up.shape[1]
+    if fits(source, down, up):
+        block = min(256, power_of_2(width // 4))
+        # Every program of the second launch adds the splits up: few of them.
+        chunk = 4 * block * cdiv(cdiv(width, 4 * block), 5)
+        return _Shape(True, 8, block, chunk, cdiv(width, chunk))
+    block = min(2048, power_of_2(width))
+    splits = max(1, min(cdiv(4 * PROCESSORS, cdiv(rank, 2)), cdiv(width, 2048), 8))
+    chunk = cdiv(cdiv(width, splits), block) * block
+    return _Shape(False, 2, block, chunk, splits)
+
+
+def select_kernels(source: Tensor, down: Tensor, up: Tensor) -> tuple:
+    """The kernels of the three launches, not wrapped."""
+    if fits(source, down, up):
+        return inner_int8_kernel, score_int8_kernel, scatter_kernel
+    return inner_kernel, score_kernel, scatter_kernel
+
+
+def scratch(source: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the launches hand on: parts of `down @ source`, lists by segment, their lengths."""
+    n, rank = up.shape
+    splits, segments = _shape(source, down, up).splits, cdiv(n, SEGMENT)
+    return (
+        empty(splits, source.shape[0], rank, like=source, dtype=torch.float32),
+        empty(segments * SEGMENT, like=source, dtype=torch.int32),
+        empty(segments, like=source, dtype=torch.int32),
+    )
 
 
 def launch_select(
@@ -106,50 +133,53 @@ def launch_select(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All three launches; returns the selection and the scratch that they used.
 
-    `kernels`: (`_inner_kernel`, `_score_kernel`, `scatter_kernel`), wrapped or not.
+    `kernels`: those of `select_kernels`, wrapped or not.
     """
     source = source.contiguous()
     (tokens, width), (n, rank) = source.shape, up.shape
-    splits = num_splits(rank, width)
-    block_s = min(2048, power_of_2(width))
-    chunk = cdiv(cdiv(width, splits), block_s) * block_s
-    segments = cdiv(n, SEGMENT)
-    inner = empty(splits, tokens, rank, like=source, dtype=torch.float32)
-    local = empty(segments * SEGMENT, like=source, dtype=torch.int32)
-    counts = empty(segments, like=source, dtype=torch.int32)
-    kernels[0][(cdiv(rank, BLOCK_RANK), splits)](
-        source, down, inner, rank, width, chunk,
-        TOKENS=tokens, BLOCK_R=BLOCK_RANK, BLOCK_S=block_s, num_warps=4,
-    )  # fmt: skip
-    kernels[1][(segments,)](
-        inner, up, bias, local, counts, n, rank,
-        TOKENS=tokens, SPLITS=splits, SEGMENT=SEGMENT, BLOCK_R=min(256, power_of_2(rank)), num_warps=4,
-    )  # fmt: skip
+    shape = _shape(source, down, up)
+    inner, local, counts = scratch(source, down, up)
+    grid = (cdiv(rank, shape.block_rows), shape.splits)
+    if shape.whole_words:
+        digits = 3 if source.dtype is torch.float32 else 2
+        kernels[0][grid](
+            source, down, inner, rank, width,
+            TOKENS=tokens, DIGITS=digits, BLOCK_R=shape.block_rows, BLOCK_S=shape.block,
+            BLOCKS=shape.chunk // (4 * shape.block), num_warps=4,
+        )  # fmt: skip
+        kernels[1][counts.shape](
+            inner, up, bias, local, counts, n, rank,
+            TOKENS=tokens, SPLITS=shape.splits, DIGITS=digits, SEGMENT=SEGMENT,
+            WORDS=rank // 4, BLOCK_R=min(128, power_of_2(rank // 4)), num_warps=4,
+        )  # fmt: skip
+    else:
+        kernels[0][grid](
+            source, down, inner, rank, width, shape.chunk,
+            TOKENS=tokens, BLOCK_R=shape.block_rows, BLOCK_S=shape.block, num_warps=4,
+        )  # fmt: skip
+        kernels[1][counts.shape](
+            inner, up, bias, local, counts, n, rank, TOKENS=tokens, SPLITS=shape.splits,
+            SEGMENT=SEGMENT, BLOCK_R=min(256, power_of_2(rank)), num_warps=4,
+        )  # fmt: skip
     index, count = scatter(kernels[2], local, counts, n)
     return index, count, inner, local, counts
 
 
-@custom_op("dejavu::select_cpu", mutates_args=())
+def _fake_select(source: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    return fake_selection(source, up.shape[0])
+
+
+@cpu.cpu_op("dejavu::select_cpu", _fake_select)
 def select_cpu(source: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Opaque to tracing, and in the source's dtype, which is the CPU's fast path."""
+    """Opaque to tracing; where there is no C++ form, in the source's dtype, which is the faster one."""
+    selection = cpu.selected(source, down, up, bias)
+    if selection is not None:
+        return selection
     if source.dtype is torch.float16:
         # int8 weights leave their scale to the bias, so scores pass fp16's 65504
         source = source.float()
-    inner = _project(source, down)
-    return listed(~(_project(inner, up).float() + bias <= 0))
-
-
-def _project(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight.T; an int8 weight is read as it lies, a quarter to half of the bytes."""
-    # PyTorch's int8 kernel has no tail loop: it reads past rows whose length isn't a multiple of 16.
-    if weight.dtype is torch.int8 and weight.shape[1] % 16 == 0:
-        return torch._weight_int8pack_mm(x.contiguous(), weight, x.new_ones(weight.shape[0]))
-    return F.linear(x, weight.to(x.dtype))
-
-
-@select_cpu.register_fake
-def _(source: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    return fake_selection(source, up.shape[0])
+    inner = F.linear(source, down.to(source.dtype))
+    return listed(~(F.linear(inner, up.to(source.dtype)).float() + bias <= 0))
 
 
 @triton_op("dejavu::select", mutates_args=())
@@ -157,6 +187,10 @@ def select(source: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> tuple[Tens
     """See `select_reference`."""
     if not source.is_cuda:
         return select_cpu(source, down, up, bias)
-    kernels = (wrap_triton(_inner_kernel), wrap_triton(_score_kernel), wrap_triton(scatter_kernel))
+    if fits(source, down, up):
+        first, second = wrap_triton(inner_int8_kernel), wrap_triton(score_int8_kernel)
+    else:
+        first, second = wrap_triton(inner_kernel), wrap_triton(score_kernel)
+    kernels = (first, second, wrap_triton(scatter_kernel))
     index, count, *_ = launch_select(kernels, source, down, up, bias)
     return index, count

@@ -10,8 +10,9 @@ second launch moves every list to its place. So the same input gives the same li
 
 import torch
 from torch import Tensor
-from torch.library import custom_op, triton_op
+from torch.library import triton_op
 
+from . import cpu
 from ._triton import cdiv, empty, jit, power_of_2, tl, wrap_triton
 
 SEGMENT = 32  # units that one program lists
@@ -117,20 +118,19 @@ def launch_compact(kernels, values: Tensor, threshold: float) -> tuple[Tensor, T
     return scatter(kernels[1], local, counts, n)
 
 
-@custom_op("dejavu::compact_cpu", mutates_args=())
-def compact_cpu(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """The reference, opaque to tracing: how many units it finds depends on the data."""
-    return compact_reference(values, threshold)
-
-
-@compact_cpu.register_fake
-def _(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    return fake_selection(values, values.shape[1])
-
-
 def fake_selection(like: Tensor, n: int) -> tuple[Tensor, Tensor]:
     """Shapes of a selection."""
     return like.new_empty(n, dtype=torch.int32), like.new_empty((), dtype=torch.int32)
+
+
+def _fake_compact(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    return fake_selection(values, values.shape[1])
+
+
+@cpu.cpu_op("dejavu::compact_cpu", _fake_compact)
+def compact_cpu(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Opaque to tracing: how many units it finds depends on the data."""
+    return cpu.compacted(values, threshold) or compact_reference(values, threshold)
 
 
 @triton_op("dejavu::compact", mutates_args=())

@@ -16,7 +16,16 @@ def run_kernels(interpret: str) -> None:
         name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")
     }
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "interpreted.py"],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            HERE / "interpreted.py",
+        ],
         env={**environment, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},
         cwd=HERE.parent.parent,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""`gathered_rows`, `gathered_glu` and `gemv` against float64, in every layout that a rewrite makes."""
+"""`gathered_rows` and `gathered_glu` against float64, in every layout that a rewrite makes."""
 
 import models
 import pytest
@@ -11,7 +11,6 @@ from dejavu_compile.kernels import (
     gathered_glu_reference,
     gathered_rows,
     gathered_rows_reference,
-    gemv,
 )
 from dejavu_compile.kernels.activations import REFERENCE
 
@@ -164,21 +163,6 @@ def test_glu_equals_float64(form, dtype, m, share, biased):
     models.assert_as_exact_as(by_slot(low, *chosen), got, by_slot(exact, *chosen))
 
 
-@DTYPES
-@TOKENS
-@SIZES
-def test_gemv_equals_float64(dtype, m, n, d):
-    x, weight, bias = (
-        torch.randn(m, d).to(dtype),
-        torch.randn(n, d).to(dtype),
-        torch.randn(n).to(dtype),
-    )
-    for activation in REFERENCE:
-        exact = dense64(x, weight, bias, activation)
-        low = plain(x, weight, bias, activation)
-        models.assert_as_exact_as(low, gemv(x, weight, bias, activation), exact)
-
-
 OPS = torch.ops.dejavu
 
 
@@ -198,8 +182,6 @@ def cases():
             OPS.gathered_glu.default,
             (x, weight, torch.randn(n), weight + 1, torch.randn(n), *chosen, "silu"),
         ),
-        "gemv": (OPS.gemv.default, (x, weight, torch.randn(n), "relu2")),
-        "gemv_strided": (OPS.gemv.default, (torch.randn(d, 3).T, weight, None, "identity")),
     }
 
 

@@ -1,0 +1,145 @@
+"""The C++ forms of the ops, for CPUs: built once on the first call, by Inductor's own toolchain.
+
+Where there is no compiler, or for a layout that they don't read, the callers' PyTorch forms run instead.
+Threads are torch's, in torch's OpenMP pool: two pools would wait for each other's cores.
+"""
+
+import ctypes
+import logging
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dejavu_compile._compat import load_cpp
+
+from .activations import REFERENCE
+
+log = logging.getLogger(__name__)
+
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_ACTIVATIONS = {name: i for i, name in enumerate(REFERENCE)}
+_P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_SIGNATURES = {
+    "rows": [_P] * 7 + [_L] * 6 + [_I] * 2,
+    "sum": [_P] * 4 + [_L] * 5 + [_I] * 2,
+    "select": [_P] * 6 + [_L] * 4 + [_I] * 2,
+    "compact": [_P, ctypes.c_float, _P, _P, _L, _L],
+}
+
+
+def cpu_op(
+    name: str, fake: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a function as an op that tracing doesn't look into; `fake` gives its outputs' shapes.
+
+    `torch.library.custom_op` does the same and more, at 40 us a call, as much as a small gather takes.
+    """
+
+    def register(body: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.define(name, torch.library.infer_schema(body, mutates_args=()))
+        torch.library.impl(name, "CPU", body)
+        torch.library.register_fake(name, fake)
+        namespace, op = name.split("::")
+        return getattr(getattr(torch.ops, namespace), op).default
+
+    return register
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    source = Path(__file__).with_suffix(".cpp").read_text(encoding="utf-8")
+    try:
+        return load_cpp(source)
+    except Exception as error:
+        # Whatever keeps a compiler from working here (none, no space, no rights), PyTorch's ops still run.
+        log.warning("CPU ops run without C++ (%s): slower, same results", error)
+        return None
+
+
+@cache
+def function(op: str, dtype: torch.dtype) -> ctypes._CFuncPtr | None:
+    """The C++ form of `op` (a key of `_SIGNATURES`) for a dtype, or None where there is none."""
+    library = _library()
+    # A compiler without _Float16 leaves that one out.
+    form = getattr(library, f"{op}_{_NAMES.get(dtype)}", None) if library is not None else None
+    if form is not None:
+        form.argtypes, form.restype = _SIGNATURES[op], None
+    return form
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def rows(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, slots: int,
+    activation: str, up: Tensor | None = None, up_bias: Tensor | None = None,
+) -> bool:  # fmt: skip
+    """out[:, :slots] = act(weight[index[:slots]] @ x + bias) (* up); of all rows where `index` is None.
+
+    `out` [m, >= slots] has contiguous rows. Returns False, and writes nothing, where there is no C++ form.
+    """
+    form = function("rows", x.dtype)
+    weights = [w for w in (weight, up) if w is not None]
+    if form is None or any(w.stride(1) != 1 or w.dtype is not x.dtype for w in weights):
+        return False
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    up_bias = None if up_bias is None else up_bias.contiguous()
+    form(
+        x.data_ptr(), weight.data_ptr(), _pointer(bias), _pointer(up), _pointer(up_bias), _pointer(index),
+        out.data_ptr(), slots, x.shape[0], x.shape[1], out.stride(0), weight.stride(0),
+        0 if up is None else up.stride(0), _ACTIVATIONS[activation], torch.get_num_threads(),
+    )  # fmt: skip
+    return True
+
+
+def summed(
+    hidden: Tensor, weight: Tensor, index: Tensor, count: int, compacted: bool
+) -> Tensor | None:
+    """`gathered_sum_reference`, or None where there is no C++ form."""
+    form = function("sum", hidden.dtype)
+    if form is None or weight.stride(1) != 1 or weight.dtype is not hidden.dtype:
+        return None
+    hidden = hidden.contiguous()
+    (tokens, n), d = hidden.shape, weight.shape[1]
+    out = torch.empty(1, tokens, d)
+    form(
+        hidden.data_ptr(), weight.data_ptr(), index.data_ptr(), out.data_ptr(), count, tokens, n, d,
+        weight.stride(0), compacted, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def selected(
+    source: Tensor, down: Tensor, up: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    """`select_reference`, or None where there is no C++ form."""
+    form = function("select", source.dtype)
+    int8 = down.dtype is up.dtype is torch.int8
+    if form is None or not (int8 or down.dtype is up.dtype is source.dtype):
+        return None
+    source, down, up = source.contiguous(), down.contiguous(), up.contiguous()
+    (tokens, width), (n, rank) = source.shape, up.shape
+    index, count = torch.empty(n, dtype=torch.int32), torch.empty((), dtype=torch.int32)
+    form(
+        source.data_ptr(), down.data_ptr(), up.data_ptr(), bias.data_ptr(), index.data_ptr(),
+        count.data_ptr(), tokens, width, rank, n, int8, torch.get_num_threads(),
+    )  # fmt: skip
+    return index, count
+
+
+def compacted(values: Tensor, threshold: float) -> tuple[Tensor, Tensor] | None:
+    """`compact_reference`, or None where there is no C++ form."""
+    form = function("compact", values.dtype)
+    if form is None:
+        return None
+    values = values.contiguous()
+    tokens, n = values.shape
+    index, count = torch.empty(n, dtype=torch.int32), torch.empty((), dtype=torch.int32)
+    form(values.data_ptr(), threshold, index.data_ptr(), count.data_ptr(), tokens, n)
+    return index, count
