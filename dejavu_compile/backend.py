@@ -17,6 +17,7 @@ from torch import fx
 
 import dejavu_compile.kernels
 import dejavu_compile.passes
+from dejavu_compile.passes.decode_attention import use_decode_attention
 from dejavu_compile.passes.find_sites import find_sites, resolve
 from dejavu_compile.passes.fuse import fuse
 from dejavu_compile.passes.gemv import use_gemv
@@ -90,6 +91,7 @@ def prepare(
         dump.graph("schedule", gm)
     if options.gemv and options.execution is ExecutionMode.AUTO:
         modified |= use_gemv(gm).count > 0
+        modified |= use_decode_attention(gm).count > 0
         dump.graph("gemv", gm)
     if not modified:
         normalized.restore()

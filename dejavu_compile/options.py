@@ -36,7 +36,7 @@ class Options:
     issue: IssueMode = IssueMode.AUTO  # how predictors are issued on CUDA
     max_tokens: int = 4  # tokens a step up to which an MLP runs the union of the selections
     exact: bool = True  # skip units that the graph's own ReLU zeroes, also with no artifact
-    gemv: bool = True  # our GEMV for the projections of a CUDA decode step that stay dense
+    gemv: bool = True  # our ops for the projections (on a CPU, attention too) of a decode step that stay dense
     dump: str = ""  # a folder for the graph before and after each pass
 
 

@@ -6,6 +6,7 @@ if __name__ == "kernels":
 
     hand_over()
 else:
+    from .attention import attention_reference, decode_attention_cpu
     from .gathered_sum import gathered_sum, gathered_sum_reference
     from .gemv import gemv, gemv_reference
     from .lookahead import select_begin, select_join
@@ -19,8 +20,10 @@ else:
     from .selection import compact, compact_reference
 
 __all__ = [
+    "attention_reference",
     "compact",
     "compact_reference",
+    "decode_attention_cpu",
     "gathered_glu",
     "gathered_glu_reference",
     "gathered_rows",

@@ -56,26 +56,41 @@ Floats load(const int8_t* from) {
   return __builtin_convertvector(words, Floats);
 }
 
-template <class W>
-float dot(const W* w, const float* x, int64_t d) {
-  // Four independent sums hide the latency of an addition.
-  Floats sums[4] = {};
-  int64_t i = 0;
-  for (; i + 64 <= d; i += 64) {
-    sums[0] += load(w + i) * load(x + i);
-    sums[1] += load(w + i + 16) * load(x + i + 16);
-    sums[2] += load(w + i + 32) * load(x + i + 32);
-    sums[3] += load(w + i + 48) * load(x + i + 48);
-  }
-  for (; i + 16 <= d; i += 16) sums[0] += load(w + i) * load(x + i);
-  Floats all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+inline float folded(Floats sum) {
   float lanes[16];
-  std::memcpy(lanes, &all, sizeof lanes);
+  std::memcpy(lanes, &sum, sizeof lanes);
   for (int half = 8; half; half /= 2)
     for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  float total = lanes[0];
-  for (; i < d; ++i) total += float(w[i]) * x[i];
-  return total;
+  return lanes[0];
+}
+
+// y[r] = row[r] . x for ROWS rows at once. A core asks for more lines at a time along several rows than
+// along one: half as much bandwidth again.
+template <int ROWS, class W>
+void dots(const W* const* row, const float* x, int64_t d, float* y) {
+  Floats sums[ROWS][2] = {};
+  int64_t i = 0;
+  for (; i + 32 <= d; i += 32) {
+    Floats x0 = load(x + i), x1 = load(x + i + 16);
+    for (int r = 0; r < ROWS; ++r) {
+      sums[r][0] += load(row[r] + i) * x0;
+      sums[r][1] += load(row[r] + i + 16) * x1;
+    }
+  }
+  if (i + 16 <= d) {
+    for (int r = 0; r < ROWS; ++r) sums[r][0] += load(row[r] + i) * load(x + i);
+    i += 16;
+  }
+  for (int r = 0; r < ROWS; ++r) y[r] = folded(sums[r][0] + sums[r][1]);
+  for (; i < d; ++i)
+    for (int r = 0; r < ROWS; ++r) y[r] += float(row[r][i]) * x[i];
+}
+
+// The same for `count` <= 4 rows.
+template <class W>
+void some_dots(const W* const* row, int64_t count, const float* x, int64_t d, float* y) {
+  if (count == 4) return dots<4>(row, x, d, y);
+  for (int64_t r = 0; r < count; ++r) dots<1>(row + r, x, d, y + r);
 }
 
 enum Activation { IDENTITY, RELU, RELU2, SILU, GELU, GELU_TANH };
@@ -107,16 +122,23 @@ void rows(const T* x, const T* weight, const T* bias, const T* up, const T* up_b
           int64_t up_stride, int activation, int threads) {
   auto wide = widened(x, tokens * d);
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t slot = 0; slot < slots; ++slot) {
-    int64_t unit = index ? index[slot] : slot;
+  for (int64_t first = 0; first < slots; first += 4) {
+    int64_t count = slots - first < 4 ? slots - first : 4, unit[4];
+    const T *row[4], *up_row[4];
+    for (int64_t r = 0; r < count; ++r) {
+      unit[r] = index ? index[first + r] : first + r;
+      row[r] = weight + unit[r] * stride;
+      up_row[r] = up + unit[r] * up_stride;
+    }
     for (int64_t t = 0; t < tokens; ++t) {
-      float y = dot(weight + unit * stride, wide.data() + t * d, d);
-      y = activate(y + (bias ? float(bias[unit]) : 0), activation);
-      if (up) {
-        float u = dot(up + unit * up_stride, wide.data() + t * d, d);
-        y *= u + (up_bias ? float(up_bias[unit]) : 0);
+      float y[4], u[4];
+      some_dots(row, count, wide.data() + t * d, d, y);
+      if (up) some_dots(up_row, count, wide.data() + t * d, d, u);
+      for (int64_t r = 0; r < count; ++r) {
+        float value = activate(y[r] + (bias ? float(bias[unit[r]]) : 0), activation);
+        if (up) value *= u[r] + (up_bias ? float(up_bias[unit[r]]) : 0);
+        out[t * out_stride + first + r] = T(value);
       }
-      out[t * out_stride + slot] = T(y);
     }
   }
 }
@@ -180,16 +202,25 @@ void select(const T* source, const W* down, const W* up, const float* bias, int3
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
-    for (int64_t r = 0; r < rank; ++r)
+    for (int64_t first = 0; first < rank; first += 4) {
+      int64_t some = rank - first < 4 ? rank - first : 4;
+      const W* row[4] = {down + first * width, down + (first + 1) * width, down + (first + 2) * width,
+                         down + (first + 3) * width};
       for (int64_t t = 0; t < tokens; ++t)
-        inner[t * rank + r] = dot(down + r * width, wide.data() + t * width, width);
+        some_dots(row, some, wide.data() + t * width, width, inner.data() + t * rank + first);
+    }
 #pragma omp for schedule(static)
-    for (int64_t unit = 0; unit < n; ++unit) {
-      uint8_t kept = 0;
-      for (int64_t t = 0; t < tokens; ++t)
-        // "not below", so that NaN is kept
-        kept |= !(dot(up + unit * rank, inner.data() + t * rank, rank) + bias[unit] <= 0);
-      keep[unit] = kept;
+    for (int64_t first = 0; first < n; first += 4) {
+      int64_t some = n - first < 4 ? n - first : 4;
+      const W* row[4] = {up + first * rank, up + (first + 1) * rank, up + (first + 2) * rank,
+                         up + (first + 3) * rank};
+      for (int64_t t = 0; t < tokens; ++t) {
+        float score[4];
+        some_dots(row, some, inner.data() + t * rank, rank, score);
+        for (int64_t r = 0; r < some; ++r)
+          // "not below", so that NaN is kept
+          keep[first + r] |= !(score[r] + bias[first + r] <= 0);
+      }
     }
   }
   *count = listed(keep, index);
@@ -202,6 +233,58 @@ void compact(const T* values, float threshold, int32_t* index, int32_t* count, i
     for (int64_t unit = 0; unit < n; ++unit)
       keep[unit] |= !(std::fabs(float(values[t * n + unit])) <= threshold);
   *count = listed(keep, index);
+}
+
+// One query per head. A slot that the mask rules out is not read; a head without any slot gives 0.
+template <class T>
+void attention(const T* q, const T* k, const T* v, const T* added, const bool* kept, T* out, int64_t batch,
+               int64_t heads, int64_t kv_heads, int64_t slots, int64_t d, int64_t d_out, const int64_t* strides,
+               float scale, int threads) {
+  const int64_t *q_at = strides, *k_at = strides + 2, *v_at = strides + 5, *mask_at = strides + 8;
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t head = 0; head < heads; ++head) {
+      int64_t group = head * kv_heads / heads, mask = b * mask_at[0] + head * mask_at[1];
+      auto query = widened(q + b * q_at[0] + head * q_at[1], d);
+      for (auto& element : query) element *= scale;
+      std::vector<float> score(slots);
+      std::vector<int64_t> live;
+      live.reserve(slots);
+      for (int64_t slot = 0; slot < slots; ++slot) {
+        int64_t at = mask + slot * mask_at[2];
+        score[slot] = kept ? (kept[at] ? 0 : -INFINITY) : added ? float(added[at]) : 0;
+        if (score[slot] != -INFINITY) live.push_back(slot);
+      }
+      float largest = -INFINITY;
+      int64_t held = int64_t(live.size());
+      for (int64_t first = 0; first < held; first += 4) {
+        int64_t some = held - first < 4 ? held - first : 4;
+        const T* row[4];
+        float y[4];
+        for (int64_t r = 0; r < some; ++r) row[r] = k + b * k_at[0] + group * k_at[1] + live[first + r] * k_at[2];
+        some_dots(row, some, query.data(), d, y);
+        for (int64_t r = 0; r < some; ++r) {
+          float total = score[live[first + r]] += y[r];
+          // "not below", so that NaN is kept
+          if (!(total <= largest)) largest = total;
+        }
+      }
+      std::vector<float> sum(d_out);
+      float total = 0;
+      for (int64_t slot : live) {
+        float weight = std::exp(score[slot] - largest);
+        total += weight;
+        const T* row = v + b * v_at[0] + group * v_at[1] + slot * v_at[2];
+        int64_t c = 0;
+        for (; c + 16 <= d_out; c += 16) {
+          Floats next = load(sum.data() + c) + weight * load(row + c);
+          std::memcpy(sum.data() + c, &next, sizeof next);
+        }
+        for (; c < d_out; ++c) sum[c] += weight * float(row[c]);
+      }
+      T* y = out + (b * heads + head) * d_out;
+      for (int64_t c = 0; c < d_out; ++c) y[c] = T(total == 0 ? 0 : sum[c] / total);
+    }
 }
 
 }  // namespace
@@ -231,6 +314,12 @@ void compact(const T* values, float threshold, int32_t* index, int32_t* count, i
   extern "C" void compact_##SUFFIX(const T* values, float threshold, int32_t* index, int32_t* count,        \
                                    int64_t tokens, int64_t n) {                                              \
     compact(values, threshold, index, count, tokens, n);                                                     \
+  }                                                                                                          \
+  extern "C" void attention_##SUFFIX(const T* q, const T* k, const T* v, const T* added, const bool* kept,  \
+                                     T* out, int64_t batch, int64_t heads, int64_t kv_heads, int64_t slots,  \
+                                     int64_t d, int64_t d_out, const int64_t* strides, float scale,          \
+                                     int threads) {                                                          \
+    attention(q, k, v, added, kept, out, batch, heads, kv_heads, slots, d, d_out, strides, scale, threads);  \
   }
 
 FOR_TYPE(float32, float)

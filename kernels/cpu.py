@@ -27,6 +27,7 @@ _SIGNATURES = {
     "rows": [_P] * 7 + [_L] * 6 + [_I] * 2,
     "sum": [_P] * 4 + [_L] * 5 + [_I] * 2,
     "select": [_P] * 6 + [_L] * 4 + [_I] * 2,
+    "attention": [_P] * 6 + [_L] * 6 + [_P, ctypes.c_float, _I],
     "compact": [_P, ctypes.c_float, _P, _P, _L, _L],
 }
 
@@ -143,3 +144,27 @@ def compacted(values: Tensor, threshold: float) -> tuple[Tensor, Tensor] | None:
     index, count = torch.empty(n, dtype=torch.int32), torch.empty((), dtype=torch.int32)
     form(values.data_ptr(), threshold, index.data_ptr(), count.data_ptr(), tokens, n)
     return index, count
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
+    """`attention_reference`, or None where there is no C++ form."""
+    form = function("attention", q.dtype)
+    last = [x.stride(-1) for x in (q, k, v)]
+    if form is None or last != [1, 1, 1] or not q.dtype == k.dtype == v.dtype:
+        return None
+    (batch, heads, _, d), (_, kv_heads, slots, d_out) = q.shape, v.shape
+    out = q.new_empty(batch, heads, 1, d_out)
+    added = kept = None
+    mask_strides = (0, 0, 0)
+    if mask is not None:
+        mask = mask.expand(batch, heads, 1, slots)
+        mask_strides = mask.stride()[0], mask.stride()[1], mask.stride()[3]
+        added, kept = (None, mask) if mask.dtype is torch.bool else (mask.to(q.dtype), None)
+    strides = (ctypes.c_int64 * 11)(
+        *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *mask_strides
+    )
+    form(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(added), _pointer(kept), out.data_ptr(),
+        batch, heads, kv_heads, slots, d, d_out, strides, scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return out

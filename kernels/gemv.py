@@ -137,9 +137,5 @@ def gemv_cpu(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation:
 def gemv(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str) -> Tensor:
     """See `gemv_reference`."""
     if not x.is_cuda:
-        parts = [
-            F.linear(x, w, b)
-            for w, b in zip(weights, biases or [None] * len(weights), strict=True)
-        ]
-        return REFERENCE[activation](torch.cat(parts, dim=1))
+        return gemv_cpu(x, weights, biases, activation)
     return launch_gemv(wrap_triton(_gemv_kernel), x, weights, biases, activation)
