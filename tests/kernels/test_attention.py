@@ -1,0 +1,106 @@
+"""Attention of a decode step against float64, in every layout that a cache has."""
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dejavu_compile.kernels import attention_reference, cpu, decode_attention_cpu
+
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+FORMS = pytest.mark.parametrize("form", [decode_attention_cpu, attention_reference])
+SHAPES = pytest.mark.parametrize(
+    ("heads", "kv_heads", "slots", "d"), [(4, 4, 100, 64), (8, 2, 33, 40), (3, 1, 7, 5)]
+)
+MASKS = {
+    "none": lambda b, h, s: None,
+    "per_sequence": lambda b, h, s: torch.rand(b, 1, 1, s) > 0.4,
+    "per_head": lambda b, h, s: torch.randn(1, h, 1, s),
+    "minus_infinity": lambda b, h, s: torch.where(torch.rand(b, 1, 1, s) > 0.4, 0.0, -torch.inf),
+}
+
+
+def inputs(heads, kv_heads, slots, d, dtype, batch=2):
+    q = torch.randn(batch, heads, 1, d)
+    k, v = torch.randn(2, batch, kv_heads, slots, d)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def exact(q, k, v, mask):
+    mask = mask if mask is None or mask.dtype is torch.bool else mask.double()
+    return F.scaled_dot_product_attention(
+        q.double(), k.double(), v.double(), mask, scale=0.3, enable_gqa=True
+    )
+
+
+@FORMS
+@DTYPES
+@SHAPES
+@pytest.mark.parametrize("mask", MASKS)
+def test_equals_float64(form, dtype, heads, kv_heads, slots, d, mask):
+    q, k, v = inputs(heads, kv_heads, slots, d, dtype)
+    mask = MASKS[mask](2, heads, slots)
+    if mask is not None:
+        mask = mask if mask.dtype is torch.bool else mask.to(dtype)
+        mask[..., 0] = True if mask.dtype is torch.bool else 0.0
+    want = exact(q, k, v, mask)
+    got = form(q, k, v, mask, 0.3)
+    assert got.dtype is dtype
+    low = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
+    models.assert_as_exact_as(low, got, want)
+
+
+@FORMS
+@pytest.mark.parametrize("kind", ["bool", "added"])
+def test_sequence_that_may_attend_to_nothing_gives_zero(form, kind):
+    q, k, v = inputs(4, 2, 33, 16, torch.float32)
+    mask = torch.zeros(2, 1, 1, 33, dtype=torch.bool)
+    mask[1, ..., 3:] = True
+    if kind == "added":
+        mask = torch.zeros(2, 1, 1, 33).masked_fill(~mask, -torch.inf)
+    got = form(q, k, v, mask, 0.3)
+    assert not got[0].any()
+    models.assert_near(got[1:], exact(q, k, v, mask)[1:], 1e-5)
+
+
+def test_masked_slots_are_never_read():
+    q, k, v = inputs(4, 2, 33, 16, torch.float32)
+    mask = torch.arange(33).expand(2, 1, 1, 33) < 20
+    want = exact(q, k, v, mask)
+    k[:, :, 20:], v[:, :, 20:] = float("nan"), float("nan")
+    models.assert_near(decode_attention_cpu(q, k, v, mask, 0.3), want, 1e-5)
+
+
+@FORMS
+def test_nan_stays_visible(form):
+    q, k, v = inputs(2, 2, 9, 16, torch.float32)
+    k[0, 1, 4, 2] = float("nan")
+    got = form(q, k, v, None, 0.3)
+    assert got[0, 1].isnan().all()
+    assert not got[0, 0].isnan().any()
+    assert not got[1].isnan().any()
+
+
+def test_cache_in_another_order_of_dims():
+    q, k, v = inputs(4, 4, 50, 16, torch.float32)
+    want = exact(q, k, v, None)
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    models.assert_near(decode_attention_cpu(q, k, v, None, 0.3), want, 1e-5)
+    # Without a contiguous last dim there is no C++ form.
+    k = k.transpose(2, 3).contiguous().transpose(2, 3)
+    models.assert_near(decode_attention_cpu(q, k, v, None, 0.3), want, 1e-5)
+
+
+def test_opcheck():
+    q, k, v = inputs(4, 2, 33, 16, torch.float32)
+    op = torch.ops.dejavu.decode_attention_cpu.default
+    for mask in (None, torch.arange(33).expand(2, 1, 1, 33) < 20):
+        torch.library.opcheck(op, (q, k, v, mask, 0.3))
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setattr(cpu, "function", lambda op, dtype: None)
+    q, k, v = inputs(4, 2, 33, 16, torch.float32)
+    models.assert_near(decode_attention_cpu(q, k, v, None, 0.3), exact(q, k, v, None), 1e-5)

@@ -1,0 +1,134 @@
+"""The C++ forms and the PyTorch forms that stand in for them say the same."""
+
+import logging
+
+import models
+import pytest
+import torch
+
+from dejavu_compile import kernels
+from dejavu_compile.kernels import cpu
+
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
+)
+
+
+@pytest.fixture
+def no_compiler(monkeypatch):
+    monkeypatch.setattr(cpu, "function", lambda op, dtype: None)
+
+
+def both(monkeypatch, call):
+    """What `call` returns with the C++ forms, and without."""
+    with_cpp = call()
+    monkeypatch.setattr(cpu, "function", lambda op, dtype: None)
+    return with_cpp, call()
+
+
+def selection(n, every):
+    index = torch.zeros(n, dtype=torch.int32)
+    chosen = torch.arange(0, n, every)
+    index[: len(chosen)] = chosen
+    return index, torch.tensor(len(chosen), dtype=torch.int32)
+
+
+def test_this_machine_has_them():
+    """Where this fails, the tests beside it compare PyTorch with itself."""
+    for op in ("rows", "sum", "select", "compact", "attention"):
+        assert cpu.function(op, torch.bfloat16) is not None
+    assert cpu.function("rows", torch.float64) is None
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("every", [2, 9])
+def test_rows_glu_and_sum(monkeypatch, dtype, m, every):
+    n, d = 101, 83  # no multiple of any block
+    x, gate, up, out = (torch.randn(*s).to(dtype) for s in ((m, d), (n, d), (2 * n, d), (n, d)))
+    bias, chosen = torch.randn(2 * n).to(dtype), selection(n, every)
+
+    def call():
+        hidden = kernels.gathered_glu(x, gate, bias[:n], up[::2], bias[::2], *chosen, "gelu")
+        rows = kernels.gathered_rows(x, gate, None, *chosen, "silu")
+        return torch.cat(
+            [hidden, rows, kernels.gathered_sum(hidden, out, *chosen, True)[0].to(dtype)], 1
+        )
+
+    cpp, plain = both(monkeypatch, call)
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    assert (cpp - plain).abs().max() <= tolerance * plain.abs().max()
+
+
+@DTYPES
+@pytest.mark.parametrize("kind", ["int8", "same"])
+def test_select_and_compact(monkeypatch, dtype, kind):
+    # Small integers: scores are exact in any order
+    source = torch.randint(-3, 4, (2, 83)).to(dtype)
+    down, up = torch.randint(-1, 2, (19, 83)), torch.randint(-1, 2, (101, 19))
+    weights = torch.int8 if kind == "int8" else dtype
+    down, up, bias = down.to(weights), up.to(weights), torch.randint(-9, 9, (101,)).float()
+    cpp, plain = both(monkeypatch, lambda: kernels.select(source, down, up, bias))
+    assert torch.equal(cpp[0], plain[0])
+    assert int(cpp[1]) == int(plain[1])
+    monkeypatch.undo()
+    values = torch.randn(2, 101).to(dtype)
+    values[1, 50] = float("nan")
+    cpp, plain = both(monkeypatch, lambda: kernels.compact(values, 1.5))
+    assert torch.equal(cpp[0], plain[0])
+    assert 50 in cpp[0].tolist()
+
+
+@DTYPES
+@pytest.mark.parametrize("m", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gemv_equals_float64(dtype, m, count, with_bias):
+    x = torch.randn(m, 83).to(dtype)
+    weights = [torch.randn(n, 83).to(dtype) for n in (101, 7, 64)][:count]
+    biases = [torch.randn(w.shape[0]).to(dtype) for w in weights] if with_bias else []
+    exact = x.double() @ torch.cat(weights).double().T
+    low = x @ torch.cat(weights).T
+    if with_bias:
+        exact, low = exact + torch.cat(biases).double(), low + torch.cat(biases)
+    for form in (kernels.gemv, kernels.gemv_reference):
+        models.assert_as_exact_as(low, form(x, weights, biases, "identity"), exact)
+        relu = form(x, weights, biases, "relu")
+        models.assert_as_exact_as(low.relu(), relu, exact.relu(), among=exact)
+
+
+def test_gemv_opcheck():
+    x, weight = torch.randn(2, 63), torch.randn(50, 63)
+    for arguments in (([weight], []), ([weight, weight[:7]], [torch.randn(50), torch.randn(7)])):
+        torch.library.opcheck(torch.ops.dejavu.gemv.default, (x, *arguments, "relu2"))
+
+
+def test_gemv_without_a_compiler(no_compiler):
+    x, weight = torch.randn(2, 63), torch.randn(50, 63)
+    models.assert_near(kernels.gemv(x, [weight], [], "identity"), (x @ weight.T).double(), 1e-5)
+
+
+def test_threads_change_no_bit():
+    hidden, weight, chosen = torch.randn(1, 500), torch.randn(500, 300), selection(500, 3)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(kernels.gathered_sum(hidden, weight, *chosen, True))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_compiler_that_fails_is_told_of_once(monkeypatch, caplog):
+    def fail(source):
+        raise OSError("no compiler here")
+
+    monkeypatch.setattr(cpu, "load_cpp", fail)
+    monkeypatch.setattr(cpu, "_library", cpu._library.__wrapped__)
+    monkeypatch.setattr(cpu, "function", cpu.function.__wrapped__)
+    with caplog.at_level(logging.WARNING):
+        assert cpu.function("rows", torch.float32) is None
+    assert "no compiler here" in caplog.text
