@@ -23,7 +23,8 @@ MEMORY_BUDGET = 4 << 30
 class Recording:
     """One site's tokens: `source` is the input of its projections, `hidden` that of its output projection.
 
-    `carrier` is what `gate` would threshold; None where that is `hidden` itself.
+    `carrier` is what `gate` would threshold; empty where that is `hidden` itself. `hidden`, the widest, is
+    at most 2 bytes a value: it weighs labels, and what is zero stays zero.
     """
 
     site: Site
@@ -33,8 +34,11 @@ class Recording:
     carrier: list[torch.Tensor] = field(default_factory=list)
 
     def stacked(self, which: str) -> torch.Tensor:
-        """All recorded tokens of one value, [tokens, width]."""
-        return torch.cat(getattr(self, which))
+        """All recorded tokens of one value, [tokens, width]; kept as one, not beside its pieces."""
+        values = getattr(self, which)
+        if len(values) > 1:
+            values[:] = [torch.cat(values)]
+        return values[0]
 
 
 class _Recorder(fx.Interpreter):
@@ -75,7 +79,7 @@ class Collector:
                 weight = resolve(gm, site.output.weight, inputs)
             record = self.recordings.setdefault(id(weight), Recording(site, weight))
             wanted.setdefault(site.input, []).append(self._into(record.source))
-            wanted.setdefault(site.hidden, []).append(self._into(record.hidden))
+            wanted.setdefault(site.hidden, []).append(self._into(record.hidden, torch.bfloat16))
             if site.gate is not None and site.gate.node is not site.hidden:
                 wanted.setdefault(site.gate.node, []).append(self._into(record.carrier))
 
@@ -90,9 +94,18 @@ class Collector:
 
         return run
 
-    def _into(self, values: list[torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    def _into(
+        self, values: list[torch.Tensor], narrowed: torch.dtype | None = None
+    ) -> Callable[[torch.Tensor], None]:
+        """Append the batch's tokens to `values`; what is wider than `narrowed` is stored in it."""
+
         def take(value: torch.Tensor) -> None:
-            values.append(value.detach().reshape(-1, value.shape[-1])[self.keep].clone())
+            rows = value.detach().reshape(-1, value.shape[-1])[
+                self.keep
+            ]  # a copy: indexed by a mask
+            if narrowed is not None and rows.element_size() > narrowed.itemsize:
+                rows = rows.to(narrowed)
+            values.append(rows)
 
         return take
 
