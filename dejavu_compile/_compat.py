@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._dynamo import config as dynamo_config
+from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import GlobalSource
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.schemas import AOTConfig
@@ -31,6 +32,7 @@ __all__ = [
     "check_strides_every_call",
     "compile_counters",
     "compile_fx",
+    "guard_identity",
     "inductor_config",
     "inductor_option_names",
     "list_mode_options",
@@ -98,6 +100,17 @@ def add_static_buffer(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> No
         sources = {}
         gm._param_name_to_source = sources
     sources[name] = GlobalSource(name)
+
+
+def guard_identity(node: fx.Node) -> None:
+    """While the backend runs: make Dynamo's guards ask for the very tensor that `node` stands for now.
+
+    Its own guards accept any parameter of the same shape: another model's of the same class. Does
+    nothing for a node that Dynamo didn't make, in graphs that are compiled by hand.
+    """
+    source = getattr(node, "_dynamo_source", None)
+    if source is not None and TracingContext.try_get() is not None:
+        install_guard(source.make_guard(GuardBuilder.ID_MATCH))
 
 
 def check_strides_every_call() -> None:

@@ -1,7 +1,9 @@
 """Which predictor or threshold belongs to which weight, by the identity of the weight.
 
 A site is known by its output projection's parameter: the same object that the compiler sees. So nothing
-has to be passed through `torch.compile`, and two models in one process don't disturb each other.
+has to be passed through `torch.compile`, and two models in one process don't disturb each other: Dynamo
+runs one graph for all models of a class, so graphs that have attachments built in, or were compiled
+beside some, are guarded by the identity of their weights (`guards_needed`).
 """
 
 import hashlib
@@ -16,6 +18,7 @@ from dejavu_compile.passes.site import Policy, PredictorWeights
 
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _compiled: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_any_unguarded = False  # a graph in Dynamo's cache takes any model of its class
 
 FINGERPRINT_SAMPLES = 4096
 
@@ -38,9 +41,12 @@ class Attachment:
 
 
 def attach(weight: torch.Tensor, attachment: Attachment) -> None:
-    """Attach, and make graphs that were compiled with this weight compile again."""
+    """Attach, and make graphs that were compiled with this weight compile again.
+
+    So must those that any model of its class could run: compiled while nothing was attached.
+    """
     _attached[weight] = attachment
-    invalidate([weight])
+    invalidate([weight], unguarded=True)
 
 
 def detach(weight: torch.Tensor) -> bool:
@@ -57,16 +63,25 @@ def attached(weight: torch.Tensor) -> Attachment | None:
     return _attached.get(weight)
 
 
+def guards_needed() -> bool:
+    """Whether a graph compiled now is for its own weights only: something is attached to some model."""
+    return len(_attached) > 0
+
+
 def note_compiled(weights: Iterable[torch.Tensor]) -> None:
     """Remember that a compiled graph has decisions about these weights built in."""
+    global _any_unguarded
     for weight in weights:
         _compiled[weight] = True
+        _any_unguarded |= not guards_needed()
 
 
-def invalidate(weights: Iterable[torch.Tensor]) -> None:
-    """Drop compiled graphs if one of them was built with one of these weights."""
-    if any(weight in _compiled for weight in weights):
+def invalidate(weights: Iterable[torch.Tensor], *, unguarded: bool = False) -> None:
+    """Drop compiled graphs if one was built with one of these weights, or (`unguarded`) takes any."""
+    global _any_unguarded
+    if any(weight in _compiled for weight in weights) or (unguarded and _any_unguarded):
         _compiled.clear()
+        _any_unguarded = False
         torch.compiler.reset()
 
 

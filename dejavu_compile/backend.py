@@ -30,11 +30,12 @@ from ._compat import (
     CustomGraphPass,
     check_strides_every_call,
     compile_fx,
+    guard_identity,
     inductor_config,
     inductor_option_names,
     unset_fake_temporarily,
 )
-from .attachments import make_unit_major, note_compiled
+from .attachments import guards_needed, make_unit_major, note_compiled
 from .dump import Dump
 from .errors import OptionError
 from .options import ExecutionMode, IssueMode, Options, split_options
@@ -81,6 +82,9 @@ def prepare(
     with unset_fake_temporarily():
         plan = make_plan(found, lambda node: resolve(gm, node, inputs), options)
         note_compiled(resolve(gm, site.output.weight, inputs) for site in found.sites)
+    if guards_needed():
+        for site in found.sites:
+            guard_identity(site.output.weight)
     modified = plan.num_sparse > 0
     if plan.num_sparse:
         rewritten = rewrite(gm, plan.decisions)
