@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dejavu_compile.passes.site import Policy, PredictorWeights
+from dejavu_compile.passes.site import Policy, PredictorWeights, SiteKind
 
 from . import attachments
 from .attachments import Attachment, fingerprint
@@ -27,7 +27,7 @@ from .errors import ArtifactError, ArtifactMismatchError
 from .evaluate import Evaluation
 from .predictors import Predictor, SiteMetrics, ThresholdCurve
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG = "dejavu_config.json"
 TENSORS = "predictors.safetensors"
 
@@ -45,6 +45,7 @@ class WeightLayout:
 class SiteRecord:
     """One site of an artifact. `source` names the site whose input the predictor reads."""
 
+    kind: SiteKind
     name: str
     layer: int
     units: int
@@ -93,7 +94,7 @@ class SiteRecord:
     def to_dict(self) -> dict[str, Any]:
         """For JSON; predictors go to safetensors."""
         return {
-            "name": self.name, "layer": self.layer, "units": self.units, "policy": str(self.policy),
+            "kind": str(self.kind), "name": self.name, "layer": self.layer, "units": self.units, "policy": str(self.policy),
             "num_weights": self.num_weights,
             "fingerprint": self.fingerprint, "density": self.density, "source": self.source,
             "lookahead": self.lookahead, "threshold": _json_float(self.threshold),
@@ -124,27 +125,44 @@ class Calibration:
     data_hash: str
     quality: Evaluation | None = None
 
-    @property
-    def density(self) -> float:
-        """Mean share of units kept, weighted by units, layers that stay dense counted in full."""
-        total = sum(s.units for s in self.sites)
-        kept = sum(
-            s.units * (s.metrics.density if s.metrics is not None else s.density)
-            for s in self.sites
-        )
-        return kept / total if total else 1.0
-
-    @property
-    def thresholded_density(self) -> float:
-        """Mean measured share of units kept by the sites that have a threshold (predict and gate)."""
-        sites = [s for s in self.sites if s.policy in (Policy.PREDICT, Policy.GATE)]
+    def _kept(self, sites: Iterable[SiteRecord]) -> float:
+        """Mean share of units kept, weighted by units."""
+        sites = list(sites)
         kept = sum(s.units * (s.metrics.density if s.metrics else s.density) for s in sites)
         return kept / sum(s.units for s in sites) if sites else 1.0
 
-    def at_density(self, density: float) -> "Calibration":
-        """The same predictors with thresholds for another density; attach it with `.attach(model)`."""
+    @property
+    def density(self) -> float:
+        """Mean share of MLP units kept, layers that stay dense counted in full."""
+        return self._kept(s for s in self.sites if s.kind is SiteKind.MLP)
+
+    @property
+    def head_density(self) -> float:
+        """Mean share of attention heads kept, layers that stay dense counted in full."""
+        return self._kept(s for s in self.sites if s.kind is SiteKind.ATTENTION)
+
+    @property
+    def thresholded_density(self) -> float:
+        """Mean measured share of units kept by the MLPs that have a threshold (predict and gate)."""
+        thresholded = (Policy.PREDICT, Policy.GATE)
+        return self._kept(
+            s for s in self.sites if s.kind is SiteKind.MLP and s.policy in thresholded
+        )
+
+    def at_density(
+        self, density: float | None = None, *, head_density: float | None = None
+    ) -> "Calibration":
+        """The same predictors with thresholds for another density of MLP units, of heads, or of both.
+
+        What isn't given stays. Attach it with `.attach(model)`.
+        """
+        asked = {SiteKind.MLP: density, SiteKind.ATTENTION: head_density}
         return dataclasses.replace(
-            self, sites=tuple(s.at_density(density) for s in self.sites), quality=None
+            self,
+            sites=tuple(
+                s if asked[s.kind] is None else s.at_density(asked[s.kind]) for s in self.sites
+            ),
+            quality=None,
         )
 
     def with_sites(self, sites: Iterable[SiteRecord]) -> "Calibration":
@@ -180,12 +198,13 @@ class Calibration:
             "seed": self.seed,
             "data_hash": self.data_hash,
             "density": self.density,
+            "head_density": self.head_density,
             "quality": self.quality.to_dict() if self.quality is not None else None,
             "sites": [site.to_dict() for site in self.sites],
         }
 
     def __str__(self) -> str:
-        head = f"{'layer':>5}  {'policy':<8}{'rank':>5}{'density':>9}{'recall':>8}{'output error':>14}"
+        head = f"{'layer':>5}  {'kind':<11}{'policy':<8}{'rank':>5}{'density':>9}{'recall':>8}{'output error':>14}"
         rows = [head]
         for s in self.sites:
             rank = s.predictor.rank if s.predictor is not None else 0
@@ -195,8 +214,8 @@ class Calibration:
                 if m is not None
                 else f"{s.density:>9.3f}{'':>8}{'':>14}"
             )
-            rows.append(f"{s.layer:>5}  {s.policy:<8}{rank or '':>5}{shown}")
-        rows.append(f"mean density {self.density:.3f}")
+            rows.append(f"{s.layer:>5}  {s.kind:<11}{s.policy:<8}{rank or '':>5}{shown}")
+        rows.append(f"mean density {self.density:.3f}, of heads {self.head_density:.3f}")
         if self.quality is not None:
             rows.append(str(self.quality))
         return "\n".join(rows)
@@ -218,7 +237,10 @@ def _weights(model: nn.Module, calibration: Calibration) -> dict[str, torch.Tens
                 expected=f"a {calibration.model_class}",
                 fix="load it on the model that was calibrated, or calibrate this one",
             )
-        if site.units not in weight.shape:
+        if not any(
+            size % site.units == 0 if site.kind is SiteKind.ATTENTION else size == site.units
+            for size in weight.shape
+        ):
             raise ArtifactMismatchError(
                 f"the artifact's {site.name} doesn't fit this model",
                 found=f"{site.units} units (from the artifact)",
@@ -244,9 +266,13 @@ def _check_fingerprints(weights: dict[str, torch.Tensor], calibration: Calibrati
 def _predictor_weights(site: SiteRecord, weight: torch.Tensor) -> PredictorWeights:
     """The predictor on the model's device, with the threshold folded into its bias."""
     predictor, device = site.predictor, weight.device
+    down, up = (
+        m.to(device, weight.dtype if m.is_floating_point() else m.dtype).contiguous()
+        for m in (predictor.down, predictor.up)
+    )
     return PredictorWeights(
-        down=predictor.down.to(device).contiguous(),
-        up=predictor.up.to(device).contiguous(),
+        down=down,
+        up=up,
         bias=predictor.selector_bias(site.threshold).to(device),
     )
 
@@ -329,7 +355,7 @@ def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: P
     curve = config["curve"]
     metrics = config["metrics"]
     return SiteRecord(
-        name=name, layer=config["layer"], units=config["units"], policy=Policy(config["policy"]),
+        kind=SiteKind(config["kind"]), name=name, layer=config["layer"], units=config["units"], policy=Policy(config["policy"]),
         num_weights=config["num_weights"],
         fingerprint=config["fingerprint"], density=config["density"], source=config["source"],
         lookahead=config["lookahead"], predictor=predictor,

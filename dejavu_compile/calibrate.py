@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from dejavu_compile.passes.site import Policy
+from dejavu_compile.passes.site import Policy, SiteKind
 
 from .artifact import Calibration, SiteRecord, WeightLayout, attach_calibration
 from .attachments import fingerprint
@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 PREDICTOR_BUDGET = 0.05
 MAX_TOKENS = 200_000
 HELD_OUT = 0.15
+# Heads are tried last, with what the MLPs leave of the quality budget.
+MLP_SHARE = 0.7
+HEAD_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FIT_STEPS = 500
 
 Progress = Callable[[str, int, int], None]
@@ -65,13 +68,17 @@ class _Bars:
 
 
 def _output_norms(record: Recording) -> torch.Tensor:
-    """Norm of each unit's column of the output projection, [units] fp32."""
+    """Norm of each unit's column of the output projection, [units] fp32; recorded with a head's norm."""
+    if record.site.kind is SiteKind.ATTENTION:
+        return torch.ones(record.site.units, device=record.weight.device)
     weight = record.weight.detach()
     return weight.float().norm(dim=1 - record.site.output.contracted)
 
 
 def _out_columns(record: Recording) -> torch.Tensor:
-    """The output weight as [output width, units]."""
+    """The output weight as [output width, units]; heads are taken to add up at right angles."""
+    if record.site.kind is SiteKind.ATTENTION:
+        return torch.eye(record.site.units, device=record.weight.device)
     weight = record.weight.detach()
     return weight if record.site.output.contracted == 1 else weight.t()
 
@@ -85,6 +92,8 @@ def _choose(policy: str, record: Recording, source: Recording | None, rank: int)
         return Policy.DENSE
     if policy == "exact":
         return fallback
+    if site.kind is SiteKind.ATTENTION:
+        return Policy.PREDICT if can_predict and policy in ("auto", "predict") else Policy.DENSE
     if policy == "gate":
         return Policy.GATE if site.gate is not None else Policy.DENSE
     if policy == "predict":
@@ -108,6 +117,10 @@ def _rank(record: Recording, source: Recording) -> int:
     # Counted at 2 bytes a weight at most, so that what is fitted in fp32 keeps its promise in bf16.
     itemsize = record.weight.element_size()
     dense_bytes = record.site.bytes_dense * min(itemsize, 2) // itemsize
+    if record.site.kind is SiteKind.ATTENTION:
+        # Heads are so few that a full rank fits; its matrices stay in the model's dtype.
+        most = min(width, record.site.units)
+        return most if PREDICTOR_BUDGET * dense_bytes >= 2 * most * (width + most) else 0
     int8 = 1
     return rank_for_budget(dense_bytes, width, record.site.units, int8, PREDICTOR_BUDGET)
 
@@ -123,7 +136,7 @@ def _record(recording: Recording, policy: Policy, curve: ThresholdCurve) -> Site
         for layout in gathered_layouts(site, policy)
     )  # fmt: skip
     return SiteRecord(
-        name=site.name, layer=site.layer, units=site.units, policy=policy,
+        kind=site.kind, name=site.name, layer=site.layer, units=site.units, policy=policy,
         num_weights=site.bytes_dense // recording.weight.element_size(),
         fingerprint=fingerprint(recording.weight), curve=curve, layouts=layouts,
     )  # fmt: skip
@@ -144,17 +157,25 @@ def _fit(
         steps=FIT_STEPS,
         progress=progress,
     )
-    fitted = [predictor.quantized() for predictor in fitted]
-    # One threshold for all sites: scores are in one unit, so each site gets the density that it needs.
-    curve = shared_threshold_curve(
-        predictor.score(held_out.source)
-        for predictor, (_, held_out) in zip(fitted, split, strict=True)
-    )
+    kinds = [record.site.kind for record, *_ in jobs]
+    fitted = [
+        predictor.quantized() if kind is SiteKind.MLP else predictor
+        for predictor, kind in zip(fitted, kinds, strict=True)
+    ]
+    # One threshold for all sites of a kind: scores are in one unit, so each gets the density that it needs.
+    curves = {
+        kind: shared_threshold_curve(
+            predictor.score(held_out.source)
+            for predictor, (_, held_out), other in zip(fitted, split, kinds, strict=True)
+            if other is kind
+        )
+        for kind in set(kinds)
+    }
     records = []
-    for (record, source, _), predictor in zip(jobs, fitted, strict=True):
+    for (record, source, _), predictor, kind in zip(jobs, fitted, kinds, strict=True):
         records.append(
             dataclasses.replace(
-                _record(record, Policy.PREDICT, curve),
+                _record(record, Policy.PREDICT, curves[kind]),
                 predictor=predictor,
                 source=source.site.name,
                 lookahead=lookahead,
@@ -204,36 +225,67 @@ def _data_hash(batches: Sequence[Batch]) -> str:
 
 
 def _to_budget(
+    judge: Callable[[Calibration], Calibration],
+    candidates: Sequence[Calibration],
+    budget: float,
+    progress: Callable[[int, int], None],
+) -> Calibration:
+    """The first of the candidates, sparsest first, whose perplexity is within `budget`, by bisection.
+
+    `judge` measures one. Perplexity falls with density but for noise; what is chosen was itself measured,
+    never inferred. Raises CalibrationError if even the last one misses.
+    """
+    low, high = 0, len(candidates)  # the answer is in candidates[low:high], or nowhere
+    best, step, steps = None, 0, math.ceil(math.log2(len(candidates) + 1))
+    while low < high:
+        middle = (low + high) // 2
+        candidate = judge(candidates[middle])
+        step += 1
+        progress(min(step, steps), steps)
+        log.info(
+            "density %.2f, heads %.2f: %s",
+            candidate.density, candidate.head_density, candidate.quality,
+        )  # fmt: skip
+        if candidate.quality.perplexity_increase <= budget:
+            best, high = candidate, middle
+        else:
+            low = middle + 1
+    if best is None:
+        raise CalibrationError(
+            f"no density keeps perplexity within {budget:.2%} of dense",
+            found=f"{candidate.quality.perplexity_increase:+.2%} at density {DENSITY_GRID[-1]}",
+            fix="raise max_ppl_increase, calibrate on more text, or give density=",
+        )
+    return best
+
+
+def _within_budget(
     model: nn.Module,
     calibration: Calibration,
     batches: list[Batch],
     budget: float,
     progress: Progress,
 ) -> Calibration:
-    """The lowest density of the grid that keeps perplexity within `budget` of dense, by bisection.
-
-    Perplexity falls with density but for noise; the chosen density itself was measured, never inferred.
-    """
+    """MLPs first, which skip most bytes, within part of the budget; then heads with what is left of it."""
     sparse = masked(model)
-    low, high = 0, len(DENSITY_GRID)  # the answer is in grid[low:high], or nowhere
-    best, step, steps = None, 0, math.ceil(math.log2(len(DENSITY_GRID) + 1))
-    while low < high:
-        middle = (low + high) // 2
-        candidate = calibration.at_density(DENSITY_GRID[middle])
+
+    def judge(candidate: Calibration) -> Calibration:
         attach_calibration(model, candidate)
-        quality = compare(model, batches, sparse)
-        step += 1
-        progress("budget", min(step, steps), steps)
-        log.info("density %.2f: %s", DENSITY_GRID[middle], quality)
-        if quality.perplexity_increase <= budget:
-            best, high = candidate.with_quality(quality), middle
-        else:
-            low = middle + 1
-    if best is None:
-        raise CalibrationError(
-            f"no density keeps perplexity within {budget:.2%} of dense",
-            found=f"{quality.perplexity_increase:+.2%} at density {DENSITY_GRID[-1]}",
-            fix="raise max_ppl_increase, calibrate on more text, or give density=",
+        return candidate.with_quality(compare(model, batches, sparse))
+
+    thresholded = {s.kind for s in calibration.sites if s.policy in (Policy.PREDICT, Policy.GATE)}
+    share = MLP_SHARE if SiteKind.ATTENTION in thresholded else 1.0
+    best = calibration
+    if SiteKind.MLP in thresholded:
+        candidates = [calibration.at_density(density) for density in DENSITY_GRID]
+        best = _to_budget(
+            judge, candidates, share * budget, lambda *done: progress("budget", *done)
+        )
+    if SiteKind.ATTENTION in thresholded:
+        candidates = [best.at_density(head_density=density) for density in HEAD_GRID]
+        candidates.append(best)
+        best = _to_budget(
+            judge, candidates, budget, lambda *done: progress("budget of heads", *done)
         )
     return best
 
@@ -248,13 +300,15 @@ def calibrate(
     lookahead: int = 1,
     seed: int = 0,
     progress: bool = True,
+    head_density: float | None = None,
 ) -> Calibration:
     """Fit predictors and thresholds for every site of `model`, and attach them.
 
     batches: iterable of `input_ids` [B, T], or of dicts of model inputs; the last sixth of the batches
     is kept for measuring quality where there are at least two. policy: "auto", "predict", "gate", "exact"
-    or "dense". density: the share of units to keep, in (0, 1]; without it the lowest density whose
-    perplexity stays within `max_ppl_increase` of dense. lookahead: how many layers before its site a
+    or "dense". density: the share of MLP units to keep, in (0, 1], and `head_density` that of attention
+    heads (1 if only the other is given); with neither, the lowest densities whose perplexity stays within
+    `max_ppl_increase` of dense. lookahead: how many layers before its site a
     predictor reads its source, at least 1.
 
     The result is attached: `model.compile(backend="dejavu")` uses it from the next call on.
@@ -263,10 +317,11 @@ def calibrate(
     policies = ("auto", *(str(p) for p in Policy))
     if policy not in policies:
         raise OptionError(f"unknown policy {policy!r}", expected=f"one of {', '.join(policies)}")
-    if density is not None and not 0 < density <= 1:
-        raise OptionError(
-            "density is out of range", found=str(density), expected="0 < density <= 1"
-        )
+    for name, asked in (("density", density), ("head_density", head_density)):
+        if asked is not None and not 0 < asked <= 1:
+            raise OptionError(
+                f"{name} is out of range", found=str(asked), expected=f"0 < {name} <= 1"
+            )
     if lookahead < 1:
         raise OptionError(
             "lookahead is out of range", found=str(lookahead), expected="at least 1 layer"
@@ -282,13 +337,17 @@ def calibrate(
     bars = _Bars(progress)
     try:
         recordings = collect(model, learn, max_tokens=MAX_TOKENS, progress=bars)
-        records = _records(recordings, policy, lookahead, seed, bars)
+        searched = density is None and head_density is None
+        chosen = _policies(
+            recordings, policy, lookahead, heads=searched or head_density is not None
+        )
+        records = _records(recordings, chosen, lookahead, seed, bars)
         calibration = Calibration(
             sites=tuple(records), model_class=type(model).__name__, seed=seed,
             data_hash=_data_hash(checked),
-        ).at_density(density if density is not None else DENSITY_GRID[-1])  # fmt: skip
-        if density is None and any(r.policy in (Policy.PREDICT, Policy.GATE) for r in records):
-            calibration = _to_budget(model, calibration, judge, max_ppl_increase, bars)
+        ).at_density(density or 1.0, head_density=head_density or 1.0)  # fmt: skip
+        if searched and any(r.policy in (Policy.PREDICT, Policy.GATE) for r in records):
+            calibration = _within_budget(model, calibration, judge, max_ppl_increase, bars)
         calibration = remeasured(calibration, recordings)
         attach_calibration(model, calibration)
         if calibration.quality is None:
@@ -299,23 +358,40 @@ def calibrate(
 
 
 def _sources(recordings: Sequence[Recording], lookahead: int) -> list[Recording | None]:
-    """The site that each site's predictor reads the input of: `lookahead` sites earlier."""
-    return [recordings[i - lookahead] if i >= lookahead else None for i in range(len(recordings))]
+    """The site that each site's predictor reads the input of: `lookahead` sites of its kind earlier."""
+    before: dict[SiteKind, list[Recording]] = {kind: [] for kind in SiteKind}
+    sources = []
+    for recording in recordings:
+        same = before[recording.site.kind]
+        sources.append(same[-lookahead] if len(same) >= lookahead else None)
+        same.append(recording)
+    return sources
+
+
+def _policies(
+    recordings: Sequence[Recording], policy: str, lookahead: int, *, heads: bool
+) -> list[Policy]:
+    """The policy of each site; attention stays dense unless `heads`."""
+    sources = _sources(recordings, lookahead)
+    return [
+        _choose(policy, r, s, _rank(r, s) if s else 0)
+        if heads or r.site.kind is SiteKind.MLP
+        else Policy.DENSE
+        for r, s in zip(recordings, sources, strict=True)
+    ]
 
 
 def _records(
-    recordings: Sequence[Recording], policy: str, lookahead: int, seed: int, progress: Progress
+    recordings: Sequence[Recording],
+    chosen: Sequence[Policy],
+    lookahead: int,
+    seed: int,
+    progress: Progress,
 ) -> list[SiteRecord]:
     sources = _sources(recordings, lookahead)
-    ranks = [_rank(r, s) if s else 0 for r, s in zip(recordings, sources, strict=True)]
-    chosen = [
-        _choose(policy, r, s, rank) for r, s, rank in zip(recordings, sources, ranks, strict=True)
-    ]
     jobs = [i for i, c in enumerate(chosen) if c is Policy.PREDICT]
-    fitted = dict(
-        zip(jobs, _fit([(recordings[i], sources[i], ranks[i]) for i in jobs], lookahead, seed, progress),
-            strict=True)
-    )  # fmt: skip
+    pairs = [(recordings[i], sources[i], _rank(recordings[i], sources[i])) for i in jobs]
+    fitted = dict(zip(jobs, _fit(pairs, lookahead, seed, progress), strict=True))
     records = []
     for i, recording in enumerate(recordings):
         if chosen[i] is Policy.PREDICT:

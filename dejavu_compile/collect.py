@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from dejavu_compile.passes.find_sites import find_sites, resolve
 from dejavu_compile.passes.normalize import normalize
-from dejavu_compile.passes.site import Site
+from dejavu_compile.passes.site import Site, SiteKind
 
 from ._compat import unset_fake_temporarily
 from .batches import Batch, call_kwargs, counted
@@ -22,6 +22,8 @@ MEMORY_BUDGET = 4 << 30
 @dataclass(slots=True)
 class Recording:
     """One site's tokens: `source` is the input of its projections, `hidden` that of its output projection.
+
+    For attention `hidden` holds, per head, the norm of its contribution after the output projection.
 
     `carrier` is what `gate` would threshold; empty where that is `hidden` itself. `hidden`, the widest, is
     at most 2 bytes a value: it weighs labels, and what is zero stays zero.
@@ -58,6 +60,24 @@ class _Recorder(fx.Interpreter):
         return value
 
 
+def _contributions(
+    site: Site, weight: torch.Tensor, take: Callable[[torch.Tensor], None]
+) -> Callable[[torch.Tensor], None]:
+    """Hand ||y_h W_O^h|| on for each head h instead of its values y_h. (Deja Vu, section 3)"""
+    with unset_fake_temporarily():
+        columns = weight.detach() if site.output.contracted == 1 else weight.detach().t()
+        by_head = columns.float().unflatten(1, (site.units, site.width)).movedim(1, 0)
+        # ||W y||^2 = y^T (W^T W) y, which needs no output as wide as the model for each head
+        gram = by_head.mT @ by_head  # [heads, width, width]
+
+    def norms(value: torch.Tensor) -> None:
+        y = value.detach().float().unflatten(-1, (site.units, site.width))
+        squared = (torch.einsum("...hw,hwv->...hv", y, gram) * y).sum(-1)
+        take(squared.clamp(min=0).sqrt())
+
+    return norms
+
+
 class Collector:
     """A `torch.compile` backend that records sites in graph order, keyed by their output weight."""
 
@@ -79,7 +99,10 @@ class Collector:
                 weight = resolve(gm, site.output.weight, inputs)
             record = self.recordings.setdefault(id(weight), Recording(site, weight))
             wanted.setdefault(site.input, []).append(self._into(record.source))
-            wanted.setdefault(site.hidden, []).append(self._into(record.hidden, torch.bfloat16))
+            take = self._into(record.hidden, torch.bfloat16)
+            if site.kind is SiteKind.ATTENTION:
+                take = _contributions(site, weight, take)
+            wanted.setdefault(site.hidden, []).append(take)
             if site.gate is not None and site.gate.node is not site.hidden:
                 wanted.setdefault(site.gate.node, []).append(self._into(record.carrier))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from dejavu_compile.passes.site import Decision, Execution, Found, Policy, Projection, Site
+from dejavu_compile.passes.site import Decision, Execution, Found, Policy, Site
 
 from .attachments import Attachment, attached, fingerprint, is_unit_major
 from .cost import SiteCost, cost_of
@@ -69,12 +69,8 @@ class _StayDenseError(Exception):
 
 def _layouts(site: Site) -> list[Relayout]:
     """How each weight of a site has to lie for the kernels."""
-    rows = [Relayout(p.name, p.weight, p.contracted, True) for p in _row_projections(site)]
+    rows = [Relayout(p.name, p.weight, p.contracted, True) for p in site.projections]
     return [*rows, Relayout(site.name, site.output.weight, site.output.contracted, False)]
-
-
-def _row_projections(site: Site) -> list[Projection]:
-    return list({leaf.projection.node: leaf.projection for leaf in site.row_leaves}.values())
 
 
 def gathered_layouts(site: Site, policy: Policy) -> list[Relayout]:
@@ -107,7 +103,7 @@ def _source(attachment: Attachment, site: Site, sites: dict[torch.Tensor, Site])
     expected = attachment.predictor.down.shape[1]
     if width != expected:
         raise _StayDenseError(f"its source is {width} wide here, its predictor {expected}")
-    if not origin.input < site.output.node:
+    if not origin.input < site.projections[0].node:
         raise _StayDenseError("its source comes after it in this graph")
     return origin.input
 

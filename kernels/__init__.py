@@ -6,9 +6,10 @@ if __name__ == "kernels":
 
     hand_over()
 else:
-    from .attention import attention_reference, decode_attention_cpu
+    from .attention import attention_reference, decode_attention, decode_attention_cpu
     from .gathered_sum import gathered_sum, gathered_sum_reference
     from .gemv import gemv, gemv_reference
+    from .heads import head_rows, head_rows_reference, head_sum, head_sum_reference
     from .lookahead import select_begin, select_join
     from .rows import (
         gathered_glu,
@@ -23,6 +24,7 @@ __all__ = [
     "attention_reference",
     "compact",
     "compact_reference",
+    "decode_attention",
     "decode_attention_cpu",
     "gathered_glu",
     "gathered_glu_reference",
@@ -32,6 +34,10 @@ __all__ = [
     "gathered_sum_reference",
     "gemv",
     "gemv_reference",
+    "head_rows",
+    "head_rows_reference",
+    "head_sum",
+    "head_sum_reference",
     "select",
     "select_begin",
     "select_join",

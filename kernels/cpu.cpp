@@ -119,7 +119,7 @@ std::vector<float> widened(const T* x, int64_t count) {
 template <class T>
 void rows(const T* x, const T* weight, const T* bias, const T* up, const T* up_bias, const int32_t* index,
           T* out, int64_t slots, int64_t tokens, int64_t d, int64_t out_stride, int64_t stride,
-          int64_t up_stride, int activation, int threads) {
+          int64_t up_stride, int activation, bool in_place, int threads) {
   auto wide = widened(x, tokens * d);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t first = 0; first < slots; first += 4) {
@@ -137,7 +137,7 @@ void rows(const T* x, const T* weight, const T* bias, const T* up, const T* up_b
       for (int64_t r = 0; r < count; ++r) {
         float value = activate(y[r] + (bias ? float(bias[unit[r]]) : 0), activation);
         if (up) value *= u[r] + (up_bias ? float(up_bias[unit[r]]) : 0);
-        out[t * out_stride + first + r] = T(value);
+        out[t * out_stride + (in_place ? unit[r] : first + r)] = T(value);
       }
     }
   }
@@ -235,15 +235,23 @@ void compact(const T* values, float threshold, int32_t* index, int32_t* count, i
   *count = listed(keep, index);
 }
 
-// One query per head. A slot that the mask rules out is not read; a head without any slot gives 0.
+// One query per head. A slot that the mask rules out is not read; a head without any slot gives 0, and so
+// does one that isn't `chosen`, of which nothing is read.
 template <class T>
-void attention(const T* q, const T* k, const T* v, const T* added, const bool* kept, T* out, int64_t batch,
-               int64_t heads, int64_t kv_heads, int64_t slots, int64_t d, int64_t d_out, const int64_t* strides,
-               float scale, int threads) {
+void attention(const T* q, const T* k, const T* v, const T* added, const bool* kept, const bool* chosen, T* out,
+               int64_t batch,
+               int64_t heads, int64_t kv_heads, int64_t slots, int64_t d, int64_t d_out,
+               const int64_t* strides, float scale, int threads) {
   const int64_t *q_at = strides, *k_at = strides + 2, *v_at = strides + 5, *mask_at = strides + 8;
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
+  // Chosen heads lie anywhere: they are dealt out one by one.
+#pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
   for (int64_t b = 0; b < batch; ++b)
     for (int64_t head = 0; head < heads; ++head) {
+      T* y = out + (b * heads + head) * d_out;
+      if (chosen && !chosen[b * heads + head]) {
+        for (int64_t c = 0; c < d_out; ++c) y[c] = T(0.0f);
+        continue;
+      }
       int64_t group = head * kv_heads / heads, mask = b * mask_at[0] + head * mask_at[1];
       auto query = widened(q + b * q_at[0] + head * q_at[1], d);
       for (auto& element : query) element *= scale;
@@ -282,7 +290,6 @@ void attention(const T* q, const T* k, const T* v, const T* added, const bool* k
         }
         for (; c < d_out; ++c) sum[c] += weight * float(row[c]);
       }
-      T* y = out + (b * heads + head) * d_out;
       for (int64_t c = 0; c < d_out; ++c) y[c] = T(total == 0 ? 0 : sum[c] / total);
     }
 }
@@ -293,9 +300,9 @@ void attention(const T* q, const T* k, const T* v, const T* added, const bool* k
   extern "C" void rows_##SUFFIX(const T* x, const T* weight, const T* bias, const T* up, const T* up_bias,  \
                                 const int32_t* index, T* out, int64_t slots, int64_t tokens, int64_t d,      \
                                 int64_t out_stride, int64_t stride, int64_t up_stride, int activation,       \
-                                int threads) {                                                               \
+                                int in_place, int threads) {                                                 \
     rows(x, weight, bias, up, up_bias, index, out, slots, tokens, d, out_stride, stride, up_stride,          \
-         activation, threads);                                                                               \
+         activation, in_place != 0, threads);                                                                \
   }                                                                                                          \
   extern "C" void sum_##SUFFIX(const T* hidden, const T* weight, const int32_t* index, float* out,          \
                                int64_t slots, int64_t tokens, int64_t n, int64_t d, int64_t stride,          \
@@ -316,10 +323,11 @@ void attention(const T* q, const T* k, const T* v, const T* added, const bool* k
     compact(values, threshold, index, count, tokens, n);                                                     \
   }                                                                                                          \
   extern "C" void attention_##SUFFIX(const T* q, const T* k, const T* v, const T* added, const bool* kept,  \
-                                     T* out, int64_t batch, int64_t heads, int64_t kv_heads, int64_t slots,  \
-                                     int64_t d, int64_t d_out, const int64_t* strides, float scale,          \
-                                     int threads) {                                                          \
-    attention(q, k, v, added, kept, out, batch, heads, kv_heads, slots, d, d_out, strides, scale, threads);  \
+                                     const bool* chosen, T* out, int64_t batch, int64_t heads,               \
+                                     int64_t kv_heads, int64_t slots, int64_t d, int64_t d_out,              \
+                                     const int64_t* strides, float scale, int threads) {                     \
+    attention(q, k, v, added, kept, chosen, out, batch, heads, kv_heads, slots, d, d_out, strides, scale,    \
+              threads);                                                                                      \
   }
 
 FOR_TYPE(float32, float)

@@ -24,10 +24,10 @@ _NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 _ACTIVATIONS = {name: i for i, name in enumerate(REFERENCE)}
 _P, _L, _I = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _SIGNATURES = {
-    "rows": [_P] * 7 + [_L] * 6 + [_I] * 2,
+    "rows": [_P] * 7 + [_L] * 6 + [_I] * 3,
     "sum": [_P] * 4 + [_L] * 5 + [_I] * 2,
     "select": [_P] * 6 + [_L] * 4 + [_I] * 2,
-    "attention": [_P] * 6 + [_L] * 6 + [_P, ctypes.c_float, _I],
+    "attention": [_P] * 7 + [_L] * 6 + [_P, ctypes.c_float, _I],
     "compact": [_P, ctypes.c_float, _P, _P, _L, _L],
 }
 
@@ -78,11 +78,11 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def rows(
     out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor | None, slots: int,
-    activation: str, up: Tensor | None = None, up_bias: Tensor | None = None,
+    activation: str, up: Tensor | None = None, up_bias: Tensor | None = None, *, in_place: bool = False,
 ) -> bool:  # fmt: skip
     """out[:, :slots] = act(weight[index[:slots]] @ x + bias) (* up); of all rows where `index` is None.
 
-    `out` [m, >= slots] has contiguous rows. Returns False, and writes nothing, where there is no C++ form.
+    `in_place`: into out[:, index[:slots]] instead. `out` [m, >= slots] has contiguous rows. Returns False, and writes nothing, where there is no C++ form.
     """
     form = function("rows", x.dtype)
     weights = [w for w in (weight, up) if w is not None]
@@ -94,7 +94,7 @@ def rows(
     form(
         x.data_ptr(), weight.data_ptr(), _pointer(bias), _pointer(up), _pointer(up_bias), _pointer(index),
         out.data_ptr(), slots, x.shape[0], x.shape[1], out.stride(0), weight.stride(0),
-        0 if up is None else up.stride(0), _ACTIVATIONS[activation], torch.get_num_threads(),
+        0 if up is None else up.stride(0), _ACTIVATIONS[activation], in_place, torch.get_num_threads(),
     )  # fmt: skip
     return True
 
@@ -146,7 +146,9 @@ def compacted(values: Tensor, threshold: float) -> tuple[Tensor, Tensor] | None:
     return index, count
 
 
-def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor | None:
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, keep: Tensor | None
+) -> Tensor | None:
     """`attention_reference`, or None where there is no C++ form."""
     form = function("attention", q.dtype)
     last = [x.stride(-1) for x in (q, k, v)]
@@ -160,11 +162,13 @@ def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
         mask = mask.expand(batch, heads, 1, slots)
         mask_strides = mask.stride()[0], mask.stride()[1], mask.stride()[3]
         added, kept = (None, mask) if mask.dtype is torch.bool else (mask.to(q.dtype), None)
+    keep = None if keep is None else keep.contiguous()
     strides = (ctypes.c_int64 * 11)(
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *mask_strides
     )
     form(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(added), _pointer(kept), out.data_ptr(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(added), _pointer(kept),
+        _pointer(keep), out.data_ptr(),
         batch, heads, kv_heads, slots, d, d_out, strides, scale, torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -13,11 +13,11 @@ from torch import fx
 from dejavu_compile.kernels import cpu
 
 from .emit import Emitter
-from .separable import aten, shape_of
+from .find_heads import SDPA
+from .rewrite_heads import Attention, as_decode_attention
+from .separable import shape_of
 
 ops = torch.ops.dejavu
-SDPA = aten.scaled_dot_product_attention.default
-NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 FROM = 1 << 16  # elements of the keys: below, the call costs more than it saves
 
 
@@ -28,23 +28,12 @@ class Attended:
     count: int
 
 
-def _arguments(node: fx.Node) -> dict[str, object]:
-    return {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None,
-            **dict(zip(NAMES, node.args, strict=False)), **node.kwargs}  # fmt: skip
-
-
-def _fits(found: dict[str, object]) -> bool:
-    q, k, mask = found["query"], found["key"], found["attn_mask"]
-    value, keys = q.meta["val"], shape_of(k)
-    if value.device.type != "cpu" or len(shape_of(q)) != 4 or shape_of(q)[2] != 1:
-        return False
-    if found["dropout_p"] or found["is_causal"] or cpu.function("attention", value.dtype) is None:
-        return False
-    if mask is not None and mask.meta["val"].dtype not in {torch.bool, value.dtype}:
-        return False
-    if mask is not None and len(shape_of(mask)) != 4:
+def _fits(found: Attention) -> bool:
+    value = found.q.meta["val"]
+    if value.device.type != "cpu" or cpu.function("attention", value.dtype) is None:
         return False
     # A dynamic cache has a length without a number: it is taken to be long.
+    keys = shape_of(found.k)
     fixed = [size for size in keys if isinstance(size, int)]
     return len(fixed) < len(keys) or torch.Size(fixed).numel() >= FROM
 
@@ -53,13 +42,14 @@ def use_decode_attention(gm: fx.GraphModule) -> Attended:
     """Replace what fits, in place."""
     emit, count = Emitter(gm), 0
     for node in gm.graph.find_nodes(op="call_function", target=SDPA):
-        found = _arguments(node)
-        if not _fits(found):
+        found = as_decode_attention(node)
+        if found is None or not _fits(found):
             continue
-        q, k, v = found["query"], found["key"], found["value"]
-        scale = found["scale"] if found["scale"] is not None else shape_of(q)[3] ** -0.5
         with emit.before(node):
-            y = emit.call(ops.decode_attention_cpu.default, q, k, v, found["attn_mask"], scale)
+            y = emit.call(
+                ops.decode_attention_cpu.default,
+                found.q, found.k, found.v, found.mask, found.scale, None,
+            )  # fmt: skip
         node.replace_all_uses_with(y)
         gm.graph.erase_node(node)
         count += 1

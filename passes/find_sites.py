@@ -17,6 +17,7 @@ from torch import fx
 
 from dejavu_compile._compat import qualified_name
 
+from .find_heads import find_heads
 from .separable import (
     ATTENTION,
     NONLINEAR_EXEMPT,
@@ -223,12 +224,12 @@ def _no_site(node: fx.Node, immediate: bool) -> _NoSiteError:
     if node.target in VIEWS_THAT_SPLIT:
         return _NoSiteError(
             NoSite.ATTENTION,
-            f"its input merges two axes ({op}): attention heads run dense in this version",
+            f"its input merges two axes ({op})",
         )
     if node.target in ATTENTION or node.target is aten.matmul.default:
         return _NoSiteError(
             NoSite.ATTENTION,
-            f"its input comes from attention ({op}), which runs dense in this version",
+            f"its input comes from attention ({op})",
         )
     if immediate or "norm" in op or op.startswith(("add", "mean", "embedding")):
         return _NoSiteError(
@@ -375,6 +376,18 @@ def _site(output: Projection, ordinal: int, outputs: set[fx.Node]) -> Site:
     )
 
 
+def _attention(output: Projection, ordinal: int) -> Site | str:
+    """The site of an output projection whose input is attention, or the reason that there is none."""
+    found = find_heads(output, as_projection)
+    if isinstance(found, str):
+        return found
+    units, owned, cores = found
+    return Site(
+        kind=SiteKind.ATTENTION, layer=_layer(output.name, ordinal), units=units, output=output,
+        leaves=(), interior=(), dims={}, exact=None, gate=None, owned=owned, cores=cores,
+    )  # fmt: skip
+
+
 def find_sites(gm: fx.GraphModule) -> Found:
     """Every projection of a normalised graph, as the output of a site or as unmatched with its reason."""
     sites: list[Site] = []
@@ -387,8 +400,15 @@ def find_sites(gm: fx.GraphModule) -> Found:
             outputs = {site.output.node for site in sites}
             sites.append(_site(projection, len(sites), outputs))
         except _NoSiteError as no:
-            unmatched.append(Unmatched(projection, no.code, no.reason))
-    inputs = {leaf.projection.node for site in sites for leaf in site.row_leaves}
+            code, reason = no.code, no.reason
+            if code is NoSite.ATTENTION:
+                heads = _attention(projection, len(sites))
+                if isinstance(heads, Site):
+                    sites.append(heads)
+                    continue
+                reason = f"{reason}: {heads}"
+            unmatched.append(Unmatched(projection, code, reason))
+    inputs = {projection.node for site in sites for projection in site.projections}
     return Found(tuple(sites), tuple(u for u in unmatched if u.projection.node not in inputs))
 
 

@@ -25,8 +25,9 @@ from torch import fx
 import dejavu_compile.kernels  # noqa: F401  registers torch.ops.dejavu
 
 from .emit import Emitter
+from .rewrite_heads import rewrite_heads
 from .separable import aten, shape_of
-from .site import Decision, Execution, Leaf, LeafKind, Policy, Projection
+from .site import Decision, Execution, Leaf, LeafKind, Policy, Projection, SiteKind
 
 ops = torch.ops.dejavu
 
@@ -185,6 +186,9 @@ def rewrite(gm: fx.GraphModule, decisions: tuple[Decision, ...]) -> Rewritten:
     for tag, decision in enumerate(decisions):
         site = decision.site
         if decision.policy is Policy.DENSE:
+            continue
+        if site.kind is SiteKind.ATTENTION:
+            rewrite_heads(emit, decision, str(tag))
             continue
         if decision.execution is Execution.MASKED:
             if decision.policy is not Policy.EXACT:

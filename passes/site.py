@@ -102,6 +102,24 @@ class Carrier:
     needs: frozenset[fx.Node]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class OwnedRows:
+    """A projection of whose output rows some are read by one unit alone.
+
+    `owner` [out_features / block] int32, on the CPU: the unit that each block of adjacent rows is for, -1
+    for rows that are needed whatever is selected (keys and values that go to a cache, say).
+    """
+
+    projection: Projection
+    owner: torch.Tensor
+    block: int
+
+    @property
+    def per_unit(self) -> int:
+        """Rows that one unit owns."""
+        return self.block * int((self.owner == 0).sum())
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """A region between leaves and an output projection that is separable along one unit axis.
@@ -112,6 +130,10 @@ class Site:
     `interior` is in topological order; `dims[node]` is the unit dim of an interior value. `hidden` is the
     input of the output projection. `exact` is a carrier whose zeros the graph itself produces (ReLU...),
     `gate` the carrier that spares most weights (the activated gate of a GLU).
+
+    A site of attention has `owned` projections for leaves, and `cores`, the attention ops whose head axis is
+    the unit axis; `interior` and `dims` are empty, since every unit keeps its place. Its units are query
+    heads, each `width` elements of `hidden`, also where several heads share keys.
     """
 
     kind: SiteKind
@@ -123,6 +145,8 @@ class Site:
     dims: dict[fx.Node, int]
     exact: Carrier | None
     gate: Carrier | None
+    owned: tuple[OwnedRows, ...] = ()
+    cores: tuple[fx.Node, ...] = ()
 
     @property
     def name(self) -> str:
@@ -140,9 +164,20 @@ class Site:
         return tuple(leaf for leaf in self.leaves if leaf.kind is LeafKind.ROWS)
 
     @property
+    def width(self) -> int:
+        """Elements of `hidden` that belong to one unit."""
+        return self.output.in_features // self.units
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The projections into the units, of whose rows some can be skipped."""
+        rows = [leaf.projection for leaf in self.row_leaves] + [o.projection for o in self.owned]
+        return tuple({projection.node: projection for projection in rows}.values())
+
+    @property
     def input(self) -> fx.Node:
         """The value that the site's projections read: the natural source of a later site's predictor."""
-        return self.row_leaves[0].projection.input
+        return self.projections[0].input
 
     @property
     def num_tokens(self) -> int | None:
@@ -159,7 +194,8 @@ class Site:
         """Weight bytes that one more selected unit costs: its row of each leaf and its column."""
         itemsize = self.output.weight.meta["val"].element_size()
         features = sum(leaf.projection.in_features for leaf in self.row_leaves)
-        return (features + self.output.out_features) * itemsize
+        features += sum(o.per_unit * o.projection.in_features for o in self.owned)
+        return (features + self.width * self.output.out_features) * itemsize
 
     @property
     def bytes_dense(self) -> int:

@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 
 from dejavu_compile.kernels import (
+    attention_reference,
     compact_reference,
     gathered_glu_reference,
     gathered_rows_reference,
     gathered_sum_reference,
+    head_rows_reference,
+    head_sum_reference,
     select_reference,
 )
 from dejavu_compile.kernels._triton import empty
@@ -23,9 +26,9 @@ from dejavu_compile.kernels._triton import empty
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The functions `select`, ... of the package hide the modules of the same name.
-GEMV, ROWS, SELECT, SELECTION, SUM = (
+ATTENTION, GEMV, HEADS, ROWS, SELECT, SELECTION, SUM = (
     importlib.import_module(f"dejavu_compile.kernels.{name}")
-    for name in ("gemv", "rows", "select", "selection", "gathered_sum")
+    for name in ("attention", "gemv", "heads", "rows", "select", "selection", "gathered_sum")
 )
 WILD = 2**30
 
@@ -53,7 +56,7 @@ def poisoned(monkeypatch):
         out = empty(*shape, like=like, dtype=dtype)
         return out.fill_(float("nan") if out.is_floating_point() else WILD)
 
-    for module in (GEMV, ROWS, SELECT, SELECTION, SUM):
+    for module in (ATTENTION, GEMV, HEADS, ROWS, SELECT, SELECTION, SUM):
         monkeypatch.setattr(module, "empty", poison)
 
 
@@ -303,3 +306,83 @@ def test_same_input_gives_the_same_bits():
         SUM.launch_sum(SUM._sum_kernel, hidden, weight, *selection, True) for _ in range(2)
     )
     assert torch.equal(one, two)
+
+
+def kept(m, heads, share):
+    """Which heads run, another set for each token."""
+    keep = torch.arange(m)[:, None] % 2 == torch.arange(heads) % 2
+    keep = {"none": keep & False, "some": keep, "all": keep | True}[share]
+    return keep.to(DEVICE)
+
+
+@DTYPES
+@TOKENS
+@pytest.mark.parametrize("share", ["none", "some", "all"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("d", [63] if INTERPRETED else [63, 2048, 4100])
+def test_head_rows(dtype, m, share, bias, d):
+    """Heads of 4 rows, with rows of no head between them; what doesn't run is left as it was."""
+    owner = torch.tensor([0, -1, 1, -1, 2, 3], dtype=torch.int32, device=DEVICE)
+    keep, n = kept(m, 4, share), 24
+    x, weight = randn(m, d, dtype=dtype), randn(n, d, dtype=dtype)
+    bias = randn(n, dtype=dtype) if bias else None
+    runs = torch.cat([keep.any(0), keep.new_ones(1)])[owner.long()].repeat_interleave(4)
+    exact = head_rows_reference(
+        x.float(), weight.float(), None if bias is None else bias.float(), owner, keep
+    )
+    weight = weight.masked_fill(~runs[:, None], float("nan"))
+    got = HEADS.launch_head_rows(HEADS._head_rows_kernel, x, weight, bias, owner, keep)
+    assert got[:, ~runs].isnan().all()
+    assert_close(got[:, runs], exact[:, runs], dtype)
+
+
+@DTYPES
+@TOKENS
+@pytest.mark.parametrize("share", ["none", "some", "all"])
+@pytest.mark.parametrize(
+    ("heads", "width", "d"), [(4, 12, 70)] if INTERPRETED else [(4, 12, 70), (72, 128, 4100)]
+)
+def test_head_sum(dtype, m, share, heads, width, d):
+    keep = kept(m, heads, share)
+    every = keep.repeat_interleave(width, dim=1)
+    hidden, weight = randn(m, heads * width, dtype=dtype), randn(heads * width, d, dtype=dtype)
+    exact = head_sum_reference(hidden.float(), weight.float(), keep).sum(0)
+    hidden = hidden.masked_fill(~every, float("nan"))
+    got = HEADS.launch_head_sum(HEADS._head_sum_kernel, hidden, weight, keep).sum(0)
+    assert_close(got, exact, torch.float32)
+
+
+MASKS = {
+    "none": lambda b, h, s: None,
+    "boolean": lambda b, h, s: torch.rand(b, 1, 1, s) > 0.4,
+    "added": lambda b, h, s: torch.randn(1, h, 1, s),
+    "minus_infinity": lambda b, h, s: torch.where(torch.arange(s) < 9, 0.0, -torch.inf).expand(
+        b, 1, 1, s
+    ),
+    "nothing": lambda b, h, s: torch.zeros(b, 1, 1, s, dtype=torch.bool),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("share", ["none", "some", "all", "dense"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "slots", "d", "splits"),
+    [(4, 2, 70, 12, 2)]
+    if INTERPRETED
+    else [(4, 2, 70, 12, 2), (32, 8, 4096, 128, None), (7, 1, 513, 64, None)],
+)
+def test_decode_attention(dtype, share, mask, heads, kv_heads, slots, d, splits):
+    batch = 2
+    q = randn(batch, heads, 1, d, dtype=dtype)
+    k, v = (randn(batch, kv_heads, slots, d, dtype=dtype) for _ in range(2))
+    mask = MASKS[mask](batch, heads, slots)
+    if mask is not None:
+        mask = mask.to(DEVICE) if mask.dtype is torch.bool else mask.to(DEVICE, dtype)
+    keep = None if share == "dense" else kept(batch, heads, share)
+    exact = attention_reference(q.float(), k.float(), v.float(), mask, 0.3, keep)
+    if keep is not None:
+        q = q.masked_fill(~keep[:, :, None, None], float("nan"))
+    kernels = (ATTENTION._attention_kernel, ATTENTION._combine_kernel)
+    got = ATTENTION.launch_attention(kernels, q, k, v, mask, 0.3, keep, splits)
+    assert_close(got, exact, dtype)

@@ -1,0 +1,92 @@
+"""Find the attention before an output projection: the heads that its input consists of.
+
+    q = linear(x, Wq); y = attention(rope(q), k, v); o = linear(merge_heads(y), Wo)
+        ->
+    Site(ATTENTION, units=heads, owned=[Wq by head], cores=[attention], output=Wo)
+
+`demand` says for which head each element is needed. A site is there if attention was met on the way back
+and some projection's rows are needed by one head each. Keys and values escape to the cache, so they belong
+to no head; without a cache theirs are owned too. Nothing here knows an architecture.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from .demand import MANY, Demand, demand, merged, sizes
+from .separable import IDENTITY, VIEWS, aten, is_pointwise
+from .site import OwnedRows, Projection
+
+SDPA = aten.scaled_dot_product_attention.default
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+
+AsProjection = Callable[[fx.Node], Projection | None]
+
+
+def _head_dim(output: Projection) -> int | None:
+    """The length of the innermost axis that is merged into the output projection's input."""
+    pending, seen = [output.input], set()
+    while pending:
+        node = pending.pop()
+        if node in seen or node.op != "call_function" or sizes(node) is None:
+            continue
+        seen.add(node)
+        if node.target in VIEWS:
+            source = sizes(node.args[0])
+            if source and source[-1] != sizes(node)[-1]:
+                return source[-1]
+            pending.append(node.args[0])
+        elif node.target in IDENTITY:
+            pending.append(node.args[0])
+        elif is_pointwise(node):
+            pending.extend(n for n in node.all_input_nodes if sizes(n) == sizes(node))
+    return None
+
+
+def _owned(projection: Projection, label: torch.Tensor, units: int) -> OwnedRows | None:
+    """Which rows each unit owns, if every unit owns as many."""
+    owner = merged(label, tuple(range(label.dim() - 1))).flatten()
+    owner = torch.where(owner < 0, MANY, owner)
+    counts = torch.bincount(owner[owner >= 0].long(), minlength=units)
+    if counts.numel() != units or counts.min() == 0 or counts.min() != counts.max():
+        return None
+    # The largest power of two such that no block of rows has two owners
+    block = 1
+    while owner.numel() % (2 * block) == 0 and block < 256:
+        blocks = owner.view(-1, 2 * block)
+        if bool((blocks != blocks[:, :1]).any()):
+            break
+        block *= 2
+    return OwnedRows(projection, owner[::block].contiguous(), block)
+
+
+def find_heads(
+    output: Projection, as_projection: AsProjection
+) -> tuple[int, tuple[OwnedRows, ...], tuple[fx.Node, ...]] | str:
+    """(units, owned, cores) of the attention before `output`, or the reason that there is none."""
+    width, shape = _head_dim(output), sizes(output.input)
+    if width is None or shape is None or width == 0 or output.in_features % width:
+        return "its input isn't made of heads"
+    units = output.in_features // width
+    if units < 2:
+        return "its attention has a single head"
+    label = torch.arange(units, dtype=torch.int32).repeat_interleave(width).expand(shape)
+    found = demand(output.input, label, lambda n: as_projection(n) is not None, output.node)
+    cores = _cores(found)
+    if not cores:
+        return "its input isn't attention that keeps heads apart"
+    owned = []
+    for node, rows in found.labels.items():
+        projection = as_projection(node)
+        if projection is not None and (owner := _owned(projection, rows, units)) is not None:
+            owned.append(owner)
+    if not owned:
+        return "no projection before its attention has rows of one head each"
+    # In graph order: the first is the one whose input later predictors read.
+    return units, tuple(sorted(owned, key=lambda o: o.projection.node)), cores
+
+
+def _cores(found: Demand) -> tuple[fx.Node, ...]:
+    """The attention ops of a region, in graph order."""
+    return tuple(sorted(n for n in found.region if n.target is SDPA or n.target in SOFTMAX))
