@@ -171,6 +171,15 @@ def launch_attention(
     return out
 
 
+def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raise ValueError unless keys and values have as many heads, which divide the queries'."""
+    if q.shape[2] != 1 or k.shape[1] != v.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"decode attention takes one query a sequence, and as many heads of keys as of values: found "
+            f"queries {tuple(q.shape)}, keys {tuple(k.shape)}, values {tuple(v.shape)}"
+        )
+
+
 def _fake_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, keep: Tensor | None
 ) -> Tensor:
@@ -182,6 +191,7 @@ def decode_attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, keep: Tensor | None
 ) -> Tensor:
     """See `attention_reference`; PyTorch's where there is no C++ form."""
+    check_attention(q, k, v)
     y = cpu.attended(q, k, v, mask, scale, keep)
     if y is not None:
         return y
@@ -196,5 +206,6 @@ def decode_attention(
     """See `attention_reference`."""
     if not q.is_cuda:
         return decode_attention_cpu(q, k, v, mask, scale, keep)
+    check_attention(q, k, v)
     kernels = (wrap_triton(_attention_kernel), wrap_triton(_combine_kernel))
     return launch_attention(kernels, q, k, v, mask, scale, keep)

@@ -82,9 +82,30 @@ def find_heads(
         if projection is not None and (owner := _owned(projection, rows, units)) is not None:
             owned.append(owner)
     if not owned:
-        return "no projection before its attention has rows of one head each"
+        # Its queries are normalised over all heads at once, so each needs all rows: the cache and the output
+        # projection can still be skipped.
+        entry = _entry(cores[0], as_projection)
+        if entry is None:
+            return "no projection was found before its attention"
+        owned.append(
+            OwnedRows(entry, torch.full((1,), MANY, dtype=torch.int32), entry.out_features)
+        )
     # In graph order: the first is the one whose input later predictors read.
     return units, tuple(sorted(owned, key=lambda o: o.projection.node)), cores
+
+
+def _entry(core: fx.Node, as_projection: AsProjection) -> Projection | None:
+    """The projection that the queries of an attention op come from."""
+    node = core
+    while node.op == "call_function":
+        projection = as_projection(node)
+        if projection is not None:
+            return projection
+        inputs = [n for n in node.all_input_nodes if sizes(n) is not None]
+        if not inputs:
+            return None
+        node = inputs[0]
+    return None
 
 
 def _cores(found: Demand) -> tuple[fx.Node, ...]:

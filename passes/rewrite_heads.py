@@ -11,6 +11,7 @@ compute for other heads is read by nothing. Keys and values that a cache needs a
 Attention spelled out op by op (scores, softmax, values) runs for all heads, between sparse projections.
 """
 
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,10 @@ def as_decode_attention(node: fx.Node) -> Attention | None:
     ):
         return None
     scale = found["scale"] if found["scale"] is not None else shape_of(q)[3] ** -0.5
-    return Attention(q, _unexpanded(k), _unexpanded(v), mask, scale)
+    shared = _unexpanded(k), _unexpanded(v)
+    if shape_of(shared[0])[1] == shape_of(shared[1])[1]:
+        k, v = shared
+    return Attention(q, k, v, mask, scale)
 
 
 def _unexpanded(node: fx.Node) -> fx.Node:
@@ -69,6 +73,8 @@ def _unexpanded(node: fx.Node) -> fx.Node:
     if expanded.target is not aten.expand.default or len(shape_of(expanded)) != 5:
         return node
     unsqueezed = expanded.args[0]
+    while _slices_nothing(unsqueezed):  # x[:, :, None, :, :] with a length that has no number
+        unsqueezed = unsqueezed.args[0]
     if unsqueezed.target is not aten.unsqueeze.default or unsqueezed.args[1] not in (2, -3):
         return node
     base = unsqueezed.args[0]
@@ -76,6 +82,13 @@ def _unexpanded(node: fx.Node) -> fx.Node:
     if shape_of(base)[1] != groups or groups * repeats != heads:
         return node
     return base
+
+
+def _slices_nothing(node: fx.Node) -> bool:
+    if node.target is not aten.slice.Tensor:
+        return False
+    _, _, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    return start in (0, None) and step == 1 and (stop is None or stop == sys.maxsize)
 
 
 def _tokens_by(emit: Emitter, value: fx.Node, width: int) -> fx.Node:
@@ -149,7 +162,7 @@ def rewrite_heads(emit: Emitter, decision: Decision, tag: str) -> None:
         with emit.before(site.output.node):
             _masked(emit, decision, dropped)
         return
-    for i, owned in enumerate(site.owned):
+    for i, owned in enumerate(o for o in site.owned if o.per_unit):
         with emit.before(owned.projection.node):
             _rows(emit, owned, keep, f"dejavu_{tag}_owner{i}")
     for core in site.cores:

@@ -1,4 +1,4 @@
-"""Ten tiny decoders of transformers with random weights: one for each spelling that matters.
+"""Tiny decoders of transformers with random weights: one for each spelling that matters.
 
 Hidden 128 and 256 units, so that a predictor of rank 16 fits five per cent of a site's bytes.
 """
@@ -35,9 +35,17 @@ _MODELS = {
     "phi3": ("Phi3", {**_COMMON, "pad_token_id": 0}, "num_hidden_layers", "intermediate_size"),
     "qwen3": ("Qwen3", {**_GROUPED, "head_dim": 32}, "num_hidden_layers", "intermediate_size"),
     "nemotron": ("Nemotron", _GROUPED, "num_hidden_layers", "intermediate_size"),
+    "gptj": ("GPTJ", {**_GPT2, "rotary_dim": 16}, "n_layer", "n_inner"),
+    "mistral": ("Mistral", {**_GROUPED, "sliding_window": 24}, "num_hidden_layers", "intermediate_size"),
+    "cohere": ("Cohere", _GROUPED, "num_hidden_layers", "intermediate_size"),
+    "mpt": ("Mpt", {"vocab_size": VOCABULARY, "d_model": HIDDEN, "n_heads": 4}, "n_layers", None),
+    "stablelm": ("StableLm", _GROUPED, "num_hidden_layers", "intermediate_size"),
+    "olmo2": ("Olmo2", _GROUPED, "num_hidden_layers", "intermediate_size"),
 }  # fmt: skip
 
-NAMES = tuple(_MODELS)
+# One for each spelling of an MLP, and all: more spellings of attention
+NAMES = tuple(_MODELS)[:10]
+EVERY_NAME = tuple(_MODELS)
 
 
 def tiny(name: str, *, layers: int = 2, units: int = 256, **more: object) -> nn.Module:
