@@ -4,8 +4,10 @@
 
 For each density: perplexity, KL and top-1 agreement with dense on held-out text, masked execution of the
 compiled graph. The oracle keeps, in each token and layer, the units with the largest |activation| x norm
-of the output-projection column; it is applied by module hooks, outside of our graph. Prints one table and
-writes JSON; the predictors' layers are all but the first.
+of the output-projection column; it is applied by module hooks, outside of our graph. With --heads the units
+are attention heads, the oracle ranks them by the norm of their contribution after the output projection, and
+keeps in each layer those above the quantile that the density asks for. Prints one table and writes JSON; the
+predictors' layers are all but the first.
 """
 
 import argparse
@@ -20,11 +22,13 @@ import dejavu_compile as dv
 from dejavu_compile.batches import check_batches
 from dejavu_compile.bench import environment, mlp_weights, write
 from dejavu_compile.calibrate import remeasured
-from dejavu_compile.collect import collect
+from dejavu_compile.collect import Recording, collect
 from dejavu_compile.evaluate import compare, evaluate
+from dejavu_compile.passes.site import SiteKind
 from dejavu_compile.text import windows
 
 ROOT = Path(__file__).parents[1]
+HEAD_DENSITIES = (0.5, 0.67, 0.84, 1.0)
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 
@@ -54,12 +58,89 @@ def oracle(model: nn.Module, batches: list[torch.Tensor], density: float, first:
     return compare(model, [{"input_ids": b} for b in batches], sparse)
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """All policies and densities of one model."""
+def head_oracle(
+    model: nn.Module, batches: list[torch.Tensor], seen: list[Recording], density: float
+) -> Any:
+    """Evaluation with the heads above each layer's own quantile kept, in every layer but the first."""
+    modules = dict(model.named_modules())
+
+    def keep_largest(record: Recording) -> Any:
+        contributions = record.stacked("hidden").float()
+        cut = contributions.flatten().sort().values
+        at = round((1 - density) * cut.numel())
+        threshold = -1.0 if at == 0 else cut[at - 1].item()
+        heads = record.site.units
+
+        def keep(module: nn.Module, args: tuple) -> tuple:
+            y = args[0].unflatten(-1, (heads, -1))
+            columns = module.weight.unflatten(1, (heads, -1))
+            norms = torch.stack(
+                [(y[..., h, :] @ columns[:, h].T).norm(dim=-1) for h in range(heads)], dim=-1
+            )
+            return ((y * (norms > threshold)[..., None]).flatten(-2),)
+
+        return keep
+
+    def sparse(**kwargs: Any) -> Any:
+        handles = [
+            modules[record.site.name.removesuffix(".weight")].register_forward_pre_hook(
+                keep_largest(record)
+            )
+            for record in seen[1:]
+        ]
+        try:
+            return model.forward(**kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return compare(model, [{"input_ids": b} for b in batches], sparse)
+
+
+def run_heads(args: argparse.Namespace) -> dict[str, Any]:
+    """Heads alone, then beside a sparse MLP, then the oracle."""
+    model, text, held_out = prepared(args)
+    rows = []
+
+    def add(what: str, density: float, actual: float, result: Any) -> None:
+        rows.append({"what": what, "head_density": density, "actual": actual, **result.to_dict()})
+        print(f"{what:<10} {density:5.2f} (measured {actual:.3f})  {result}", flush=True)
+
+    seen = collect(
+        model, check_batches(model, held_out), max_tokens=10**9, progress=lambda *_: None
+    )
+    calibration = dv.calibrate(model, text, density=0.5, head_density=0.5, progress=False)
+    for what, mlp in (("heads", 1.0), ("and MLPs", args.mlp_density)):
+        for density in HEAD_DENSITIES:
+            candidate = calibration.at_density(mlp, head_density=density)
+            candidate.attach(model)
+            measured = remeasured(candidate, seen, share=1.0)
+            predicted = [s for s in measured.sites if s.kind == "attention" and s.predictor]
+            actual = sum(s.metrics.density for s in predicted) / len(predicted)
+            add(what, density, actual, evaluate(model, held_out))
+    dv.detach(model)
+    attention = [record for record in seen if record.site.kind == "attention"]
+    for density in HEAD_DENSITIES:
+        add("oracle", density, density, head_oracle(model, held_out, attention, density))
+    return {
+        "model": Path(args.model).name, "windows": args.windows, "mlp_density": args.mlp_density,
+        "heads": attention[0].site.units, "rows": rows,
+    }  # fmt: skip
+
+
+def prepared(
+    args: argparse.Namespace,
+) -> tuple[nn.Module, list[torch.Tensor], list[torch.Tensor]]:
+    """The model, the text to calibrate on, and the text held out."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
     text = windows(tokenizer, ROOT / "demo/text/calibration.txt", limit=args.calibration_windows)
-    held_out = windows(tokenizer, ROOT / "demo/text/heldout.txt", limit=args.windows)
+    return model, text, windows(tokenizer, ROOT / "demo/text/heldout.txt", limit=args.windows)
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """All policies and densities of one model."""
+    model, text, held_out = prepared(args)
     rows = []
 
     def add(policy: str, density: float, actual: float, result: Any) -> None:
@@ -69,8 +150,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{policy:<8} {density:5.2f} (measured {actual:.3f})  {result}", flush=True)
 
     seen = collect(
-        model, check_batches(model, held_out), max_tokens=10**9, progress=lambda *_: None
-    )
+        model, check_batches(model, held_out), max_tokens=10**9, progress=lambda *_: None,
+        kinds=(SiteKind.MLP,),
+    )  # fmt: skip
     for policy in args.policies:
         calibration = dv.calibrate(model, text, policy=policy, density=0.5, progress=False)
         for density in DENSITIES:
@@ -89,13 +171,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT / "demo/models/opt-python-8m")
     parser.add_argument("--policies", nargs="*", default=["predict"])
+    parser.add_argument("--heads", action="store_true", help="attention heads instead of MLPs")
+    parser.add_argument("--mlp-density", type=float, default=0.25, help="of --heads' second curve")
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--calibration-windows", type=int, default=320)
     parser.add_argument("--out", type=Path, help="default: quality-MODEL.json among the results")
     args = parser.parse_args()
     print(environment(), flush=True)
-    out = args.out or ROOT / f"benchmarks/results/quality-{args.model.name}.json"
-    write(out, run(args))
+    kind = "heads-" if args.heads else ""
+    out = args.out or ROOT / f"benchmarks/results/quality-{kind}{args.model.name}.json"
+    write(out, run_heads(args) if args.heads else run(args))
 
 
 if __name__ == "__main__":

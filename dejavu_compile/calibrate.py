@@ -93,7 +93,7 @@ def _choose(policy: str, record: Recording, source: Recording | None, rank: int)
     if policy == "exact":
         return fallback
     if site.kind is SiteKind.ATTENTION:
-        return Policy.PREDICT if can_predict and policy in ("auto", "predict") else Policy.DENSE
+        return Policy.PREDICT if can_predict else Policy.DENSE
     if policy == "gate":
         return Policy.GATE if site.gate is not None else Policy.DENSE
     if policy == "predict":
@@ -336,12 +336,11 @@ def calibrate(
         )
     bars = _Bars(progress)
     try:
-        recordings = collect(model, learn, max_tokens=MAX_TOKENS, progress=bars)
         searched = density is None and head_density is None
-        chosen = _policies(
-            recordings, policy, lookahead, heads=searched or head_density is not None
-        )
-        records = _records(recordings, chosen, lookahead, seed, bars)
+        heads = policy in ("auto", "predict") and (searched or head_density is not None)
+        kinds = tuple(SiteKind) if heads else (SiteKind.MLP,)
+        recordings = collect(model, learn, max_tokens=MAX_TOKENS, progress=bars, kinds=kinds)
+        records = _records(recordings, policy, lookahead, seed, bars)
         calibration = Calibration(
             sites=tuple(records), model_class=type(model).__name__, seed=seed,
             data_hash=_data_hash(checked),
@@ -368,27 +367,14 @@ def _sources(recordings: Sequence[Recording], lookahead: int) -> list[Recording 
     return sources
 
 
-def _policies(
-    recordings: Sequence[Recording], policy: str, lookahead: int, *, heads: bool
-) -> list[Policy]:
-    """The policy of each site; attention stays dense unless `heads`."""
-    sources = _sources(recordings, lookahead)
-    return [
-        _choose(policy, r, s, _rank(r, s) if s else 0)
-        if heads or r.site.kind is SiteKind.MLP
-        else Policy.DENSE
-        for r, s in zip(recordings, sources, strict=True)
-    ]
-
-
 def _records(
-    recordings: Sequence[Recording],
-    chosen: Sequence[Policy],
-    lookahead: int,
-    seed: int,
-    progress: Progress,
+    recordings: Sequence[Recording], policy: str, lookahead: int, seed: int, progress: Progress
 ) -> list[SiteRecord]:
     sources = _sources(recordings, lookahead)
+    chosen = [
+        _choose(policy, r, s, _rank(r, s) if s else 0)
+        for r, s in zip(recordings, sources, strict=True)
+    ]
     jobs = [i for i, c in enumerate(chosen) if c is Policy.PREDICT]
     pairs = [(recordings[i], sources[i], _rank(recordings[i], sources[i])) for i in jobs]
     fitted = dict(zip(jobs, _fit(pairs, lookahead, seed, progress), strict=True))

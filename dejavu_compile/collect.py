@@ -1,6 +1,6 @@
 """Record what each site does on real text, through the same graph that is rewritten later."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,8 @@ def _contributions(
 class Collector:
     """A `torch.compile` backend that records sites in graph order, keyed by their output weight."""
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Collection[SiteKind] = tuple(SiteKind)) -> None:
+        self.kinds = kinds
         self.recordings: dict[int, Recording] = {}
         self.keep: torch.Tensor | None = None  # mask over this batch's tokens
 
@@ -94,7 +95,7 @@ class Collector:
             zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs, strict=True)
         )
         wanted: dict[fx.Node, list[Callable[[torch.Tensor], None]]] = {}
-        for site in find_sites(gm).sites:
+        for site in (s for s in find_sites(gm).sites if s.kind in self.kinds):
             with unset_fake_temporarily():
                 weight = resolve(gm, site.output.weight, inputs)
             record = self.recordings.setdefault(id(weight), Recording(site, weight))
@@ -139,12 +140,13 @@ def collect(
     *,
     max_tokens: int,
     progress: Callable[[str, int, int], None],
+    kinds: Collection[SiteKind] = tuple(SiteKind),
 ) -> list[Recording]:
-    """Run `batches` and record every site, in graph order, until `max_tokens` tokens a site.
+    """Run `batches` and record every site of these kinds, in graph order, until `max_tokens` tokens a site.
 
     Raises CalibrationError if the model has no site, or a site with NaN or inf (named).
     """
-    collector = Collector()
+    collector = Collector(kinds)
     run = torch.compile(model.forward, backend=collector)
     tokens = 0
     with torch.no_grad():

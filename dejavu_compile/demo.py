@@ -11,6 +11,8 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dejavu_compile.passes.site import SiteKind
+
 from . import bench
 from .artifact import Calibration, detach, load
 from .backend import dejavu
@@ -59,10 +61,10 @@ def _completions(console: Console, dense: list[str], sparse: list[str]) -> None:
 
 
 def _quality(console: Console, calibration: Calibration, quality: Evaluation) -> None:
-    table = Table(title="Sites of the trained OPT decoder (calibration text, held out)")
+    table = Table(title="MLPs of the trained OPT decoder (calibration text, held out)")
     for name in ("layer", "policy", "predictor rank", "bytes of the MLP", "density", "recall"):
         table.add_column(name, justify="right")
-    for site in calibration.sites:
+    for site in (s for s in calibration.sites if s.kind is SiteKind.MLP):
         rank, share = "", ""
         if site.predictor is not None:
             rank = str(site.predictor.rank)

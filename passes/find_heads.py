@@ -96,15 +96,16 @@ def find_heads(
 
 def _entry(core: fx.Node, as_projection: AsProjection) -> Projection | None:
     """The projection that the queries of an attention op come from."""
-    node = core
-    while node.op == "call_function":
+    pending, seen = [core.args[0]], set()
+    while pending:
+        node = pending.pop()
+        if node in seen or not isinstance(node, fx.Node):
+            continue
+        seen.add(node)
         projection = as_projection(node)
         if projection is not None:
             return projection
-        inputs = [n for n in node.all_input_nodes if sizes(n) is not None]
-        if not inputs:
-            return None
-        node = inputs[0]
+        pending.extend(node.all_input_nodes)
     return None
 
 

@@ -17,7 +17,7 @@ from dejavu_compile.passes.site import Decision, Execution, NoSite, Policy, Site
 
 def only_site(model, *inputs):
     found, _ = models.sites_of(model, *(inputs or (models.tokens(),)))
-    (site,) = found.sites
+    (site,) = [site for site in found.sites if site.kind is SiteKind.MLP]
     return site
 
 
@@ -69,8 +69,9 @@ def test_gate_carrier_spares_the_up_projection(name):
 @pytest.mark.parametrize("name", TOYS)
 def test_every_other_projection_is_unmatched(name):
     found, recorder = models.sites_of(TOYS[name].make(), models.tokens())
-    site = found.sites[0]
-    inputs = {leaf.projection.node for leaf in site.leaves if leaf.projection}
+    inside = {site.output.node for site in found.sites}
+    inside |= {projection.node for site in found.sites for projection in site.projections}
+    inside |= {leaf.projection.node for s in found.sites for leaf in s.leaves if leaf.projection}
     others = {unmatched.projection.node for unmatched in found.unmatched}
     projections = {
         node
@@ -78,7 +79,7 @@ def test_every_other_projection_is_unmatched(name):
         if models.op(node) in ("aten.linear", "aten.addmm")
         or (models.op(node) == "aten.matmul" and node.args[1].target is not None)
     }
-    assert projections == {site.output.node} | inputs | others
+    assert projections == inside | others
     assert all(unmatched.reason for unmatched in found.unmatched)
 
 
@@ -111,12 +112,17 @@ def test_names_and_layers_come_from_the_module():
     assert [site.layer for site in found.sites] == [0, 1]
 
 
-def test_attention_projections_say_so():
+def test_attention_is_a_site_of_heads():
     found, _ = models.sites_of(models.Parallel(), models.tokens())
-    assert {u.projection.name: u.code for u in found.unmatched} == {
-        "qkv.weight": NoSite.RESIDUAL,
-        "out.weight": NoSite.ATTENTION,
-    }
+    heads, mlp = found.sites
+    assert (heads.kind, heads.units, heads.width) == (SiteKind.ATTENTION, 2, WIDTH // 2)
+    assert mlp.kind is SiteKind.MLP
+    (owned,) = heads.owned
+    # Without a cache nothing else reads a head's keys and values: they are its own, too.
+    assert owned.projection.name == "qkv.weight"
+    assert owned.per_unit == 3 * heads.width
+    assert heads.bytes_dense == 4 * (3 + 1) * WIDTH * WIDTH
+    assert found.unmatched == ()
 
 
 def test_bytes():
@@ -234,7 +240,7 @@ def test_carriers_silence_their_units(spec):
     model, x = spec.model(), spec.input()
 
     def exact(gm):
-        sites = find_sites(gm).sites
+        sites = [site for site in find_sites(gm).sites if site.kind is SiteKind.MLP]
         assert sites
         for site in sites:
             assert site.units == spec.units

@@ -92,17 +92,16 @@ def test_decode_equals_eager_with_other_heads_zeroed(name, batch, kind):
     if kind == "static" and name in ("bloom", "mpt"):
         pytest.skip(f"transformers' {name} has no static cache")
     more = {"max_position_embeddings": 128} if name == "opt" else {}
-    model = tiny(name, layers=3, **more)
+    model = tiny(name, layers=2, **more)
     backend = SelectingHeads()
     sparse = torch.compile(model.forward, backend=backend)
     ours, theirs = caches(model, kind, batch), caches(model, kind, batch)
-    steps = STEPS if batch == 3 else 8
     fractions = []
     with torch.no_grad():
         prompt = text(0, batch, PROMPT)
         for cache in (ours, theirs):
             model.forward(prompt, past_key_values=cache)
-        for step in range(steps):
+        for step in range(STEPS):
             token, at = text(step, batch, 1), {}
             if (
                 name == "opt" and kind == "static"
@@ -121,5 +120,5 @@ def test_decode_equals_eager_with_other_heads_zeroed(name, batch, kind):
             assert (got - want).abs().max() <= 1e-5 * want.abs().max(), f"step {step}"
     assert 0.2 < torch.stack(fractions).mean() < 0.8
     # OLMo-2 normalises all heads' queries together: every query needs every row.
-    assert backend.targets.count("dejavu.head_rows.default") == (0 if name == "olmo2" else 2)
-    assert backend.targets.count("dejavu.head_sum.default") == 2
+    assert backend.targets.count("dejavu.head_rows.default") == (0 if name == "olmo2" else 1)
+    assert backend.targets.count("dejavu.head_sum.default") == 1
