@@ -1,11 +1,13 @@
 """Decode step: dense Inductor in its modes against dejavu, side by side in one run.
 
-    python benchmarks/decode.py --shape opt-6.7b --density 0.1 --out benchmarks/results/decode.json
+    python benchmarks/decode.py --shape opt-6.7b --density 0.1 --head-density 0.5
+    python benchmarks/decode.py --shape opt-66b --attention-only --layers 8 --head-density 0.5 --length 4096
 
-Random weights; predictors of the real byte size (5 % of the MLP) that select a fixed random share of the
-neurons of every layer but the first. A time counts only after the same step's logits matched an oracle:
-the eager model with all other neurons zeroed. Static cache, batch 1; KV length is the cache's.
-Bytes are weights read, predictors included; the floor is those bytes at the device's copy bandwidth.
+Random weights; predictors of the real byte size (5 % of an MLP) that select a fixed random share of the
+neurons, and of the heads where asked for, of every layer but the first. A time counts only after the same
+step's logits matched an oracle: the eager model with everything else zeroed. Static cache, full; the KV
+length is the cache's. Bytes are weights and cache read, predictors included; the floor is those bytes at the
+device's copy bandwidth. Variant `lossless` has nothing attached.
 """
 
 import argparse
@@ -19,74 +21,76 @@ from dejavu_compile.bench import (
     COPY_BANDWIDTH,
     attach_random_predictors,
     build,
+    cache_bytes,
     environment,
     measure,
-    mlp_weights,
     oracle_logits,
     weight_bytes,
     write,
 )
 
 RESULTS = Path(__file__).parent / "results"
+TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """All providers on one shape."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
-    model = build(args.shape, device, dtype, args.layers)
-    full = [torch.arange(out.shape[1]) for _, out in mlp_weights(model)]
-    rows = []
-    dense = oracle_logits(model, full, args.length)
+    model = build(args.shape, device, dtype, args.layers, args.length, args.attention_only)
+    result = {
+        "shape": args.shape, "layers": model.config.num_hidden_layers, "dtype": args.dtype,
+        "attention_only": args.attention_only, "kv_length": args.length, "density": args.density,
+        "head_density": args.head_density, "batch": args.batch, "rows": [],
+    }  # fmt: skip
+    dense = oracle_logits(model, [], args.length, args.batch)
+
+    def add(provider: str, expected: torch.Tensor, density: Any, heads: Any, **how: Any) -> None:
+        row = measure(model, provider, args.length, args.repeats, expected, args.batch, **how)
+        cache = args.batch * cache_bytes(model, args.length, heads)
+        row["bytes"] = weight_bytes(model, density, heads) + cache
+        result["rows"].append(row)
+        print(row, flush=True)
+        write(args.out, result | {"partial": True})
+
     for mode in args.modes:
-        rows.append(
-            measure(model, f"inductor {mode}", args.length, args.repeats, dense,
-                    backend="inductor", mode=None if mode == "default" else mode)
-            | {"bytes": weight_bytes(model, None)}
-        )  # fmt: skip
-        print(rows[-1], flush=True)
-        write(args.out, {"shape": args.shape, "rows": rows, "partial": True})
-    dv_mode = "reduce-overhead" if device == "cuda" else None
+        how = {"backend": "inductor", "mode": None if mode == "default" else mode}
+        add(f"inductor {mode}", dense, None, None, **how)
     for variant in args.variants:
         options = dict(VARIANTS[variant])
-        density = args.density if variant != "exact" else None
-        if density is not None:
-            chosen = attach_random_predictors(model, density)
-            expected = oracle_logits(model, chosen, args.length)
-        else:
-            dv.detach(model)
-            expected = dense
-        if dv_mode:
+        if device == "cuda":
             options["triton.cudagraphs"] = True
-        rows.append(
-            measure(model, f"dejavu {variant}", args.length, args.repeats, expected,
-                    backend="dejavu", options=options)
-            | {"bytes": weight_bytes(model, density)}
-        )  # fmt: skip
-        print(rows[-1], flush=True)
-        write(args.out, {"shape": args.shape, "rows": rows, "partial": True})
+        density = heads = None
+        expected = dense
+        dv.detach(model)
+        if variant != "lossless":
+            density, heads = args.density, args.head_density
+            kept = attach_random_predictors(model, density, heads)
+            expected = oracle_logits(model, kept, args.length, args.batch)
+        add(f"dejavu {variant}", expected, density, heads, backend="dejavu", options=options)
+    rows = result["rows"]
     best = min(r["p50"] for r in rows if r["provider"].startswith("inductor"))
-    tolerance = 0.05 if dtype is not torch.float32 else 1e-4
     for row in rows:
-        row["speedup"] = best / row["p50"] if row["error"] < tolerance else None
+        row["speedup"] = best / row["p50"] if row["error"] < TOLERANCE[dtype] else None
         row["floor_us"] = 1e6 * row["bytes"] / COPY_BANDWIDTH if device == "cuda" else None
         row["share_of_floor"] = row["floor_us"] / row["p50"] if device == "cuda" else None
-    return {"shape": args.shape, "layers": model.config.num_hidden_layers, "dtype": args.dtype,
-            "kv_length": args.length, "density": args.density, "batch": 1, "rows": rows}  # fmt: skip
+    return result
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "inline": {"dejavu.issue": "inline"},
     "side_stream": {"dejavu.issue": "side_stream"},
     "no_gemv": {"dejavu.gemv": False},
-    "exact": {},
+    "auto": {},
+    "lossless": {},
 }
 
 
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
     lines = [f"{result['shape']} x{result['layers']} {result['dtype']}, KV {result['kv_length']}, "
-             f"MLP density {result['density']}"]  # fmt: skip
+             f"batch {result['batch']}, density of MLPs {result['density']}, heads {result['head_density']}"
+             + (", attention only" if result["attention_only"] else "")]  # fmt: skip
     for r in result["rows"]:
         speedup = f"{r['speedup']:.2f}x" if r["speedup"] else "FAILED"
         floor = f"{r['share_of_floor']:.0%}" if r["share_of_floor"] else ""
@@ -102,7 +106,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", help="default: opt-6.7b on a GPU, opt-1.3b without one")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--density", type=float, default=0.1)
+    parser.add_argument("--density", type=float, help="of the MLPs' neurons; default: 0.1")
+    parser.add_argument("--head-density", type=float, help="default: attention stays dense")
+    parser.add_argument(
+        "--attention-only", action="store_true", help="MLPs and vocabulary too small to matter"
+    )
+    parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument(
         "--repeats", type=int, default=20, help="samples: of ten steps on CUDA, else of one"
@@ -116,6 +125,8 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     args = parser.parse_args()
+    if args.density is None and not args.attention_only:
+        args.density = 0.1
     args.shape = args.shape or ("opt-6.7b" if torch.cuda.is_available() else "opt-1.3b")
     print(environment(), flush=True)
     result = run(args)

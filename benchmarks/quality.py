@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dejavu_compile as dv
 from dejavu_compile.batches import check_batches
-from dejavu_compile.bench import environment, mlp_weights, write
+from dejavu_compile.bench import environment, mlps, write
 from dejavu_compile.calibrate import remeasured
 from dejavu_compile.collect import Recording, collect
 from dejavu_compile.evaluate import compare, evaluate
@@ -46,8 +46,8 @@ def oracle(model: nn.Module, batches: list[torch.Tensor], density: float, first:
 
     def sparse(**kwargs: Any) -> Any:
         handles = [
-            modules[id(out)].register_forward_pre_hook(keep_best)
-            for _, out in mlp_weights(model)[first:]
+            modules[id(part.out)].register_forward_pre_hook(keep_best)
+            for part in mlps(model)[first:]
         ]
         try:
             return model.forward(**kwargs)

@@ -3,6 +3,7 @@
 What `benchmarks/`, `dejavu bench` and the demo share: shapes, decoders, timing, JSON.
 """
 
+import copy
 import gc
 import json
 import platform
@@ -11,6 +12,7 @@ import subprocess
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalL
 from dejavu_compile.passes.site import Policy, PredictorWeights
 
 from ._compat import compile_counters
-from .attachments import Attachment, attach, fingerprint, make_unit_major
+from .attachments import Attachment, attach, attached, fingerprint, make_unit_major
 from .predictors import rank_for_budget
 
 COPY_BANDWIDTH = 4.27e12  # bytes/s, device-to-device copy measured on one H200
@@ -51,11 +53,24 @@ SHAPES = {
 }  # fmt: skip
 
 
-def build(shape: str, device: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
-    """A decoder of the given shape with random weights, made on its device (no second copy)."""
-    config = SHAPES[shape]
-    if layers is not None:
-        config.num_hidden_layers = layers
+def build(
+    shape: str,
+    device: str,
+    dtype: torch.dtype,
+    layers: int | None = None,
+    context: int = 2048,
+    attention_only: bool = False,
+) -> nn.Module:
+    """A decoder of the given shape with random weights, made on its device (no second copy).
+
+    `attention_only` leaves MLPs and a vocabulary too small to matter.
+    """
+    config = copy.deepcopy(SHAPES[shape])
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    config.max_position_embeddings = max(context, config.max_position_embeddings)
+    if attention_only:
+        config.vocab_size = 1024
+        setattr(config, "ffn_dim" if isinstance(config, OPTConfig) else "intermediate_size", 64)
     kind = OPTForCausalLM if isinstance(config, OPTConfig) else LlamaForCausalLM
     with torch.device("meta"):
         model = kind(config).to(dtype)
@@ -73,56 +88,102 @@ def build(shape: str, device: str, dtype: torch.dtype, layers: int | None = None
     return model
 
 
-def mlp_weights(model: nn.Module) -> list[tuple[list[nn.Parameter], nn.Parameter]]:
-    """(weights into the units, weight out of them) of every layer of an OPT or Llama model."""
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The MLP or the attention of one layer: weights into its units, weight out of them, how many units."""
+
+    into: tuple[nn.Parameter, ...]
+    out: nn.Parameter
+    units: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that a dense evaluation reads."""
+        return sum(w.numel() * w.element_size() for w in (*self.into, self.out))
+
+
+def mlps(model: nn.Module) -> list[Part]:
+    """The MLP of every layer of an OPT or Llama model."""
     inner = model.model
     if hasattr(inner, "decoder"):
-        return [([layer.fc1.weight], layer.fc2.weight) for layer in inner.decoder.layers]
+        return [
+            Part((layer.fc1.weight,), layer.fc2.weight, layer.fc2.in_features)
+            for layer in inner.decoder.layers
+        ]
+    mlp = [layer.mlp for layer in inner.layers]
     return [
-        ([layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight], layer.mlp.down_proj.weight)
-        for layer in inner.layers
+        Part((m.gate_proj.weight, m.up_proj.weight), m.down_proj.weight, m.down_proj.in_features)
+        for m in mlp
     ]
 
 
+def attentions(model: nn.Module) -> list[Part]:
+    """The part of the attention of every layer that a head can spare: queries and output."""
+    heads, inner = model.config.num_attention_heads, model.model
+    if hasattr(inner, "decoder"):
+        found = [
+            (layer.self_attn.q_proj, layer.self_attn.out_proj) for layer in inner.decoder.layers
+        ]
+    else:
+        found = [(layer.self_attn.q_proj, layer.self_attn.o_proj) for layer in inner.layers]
+    return [Part((q.weight,), o.weight, heads) for q, o in found]
+
+
+# The columns of an output projection that a step reads.
+Kept = list[tuple[nn.Parameter, torch.Tensor]]
+
+
 def attach_random_predictors(
-    model: nn.Module, density: float, budget: float = 0.05
-) -> list[torch.Tensor]:
+    model: nn.Module,
+    density: float | None,
+    head_density: float | None = None,
+    budget: float = 0.05,
+) -> Kept:
     """Predictors of the real byte size that select a fixed random share of units, in all layers but the first.
 
     Their scores are the bias: the matrices are read in full, and their product, bounded, changes nothing.
-    Returns the selected units of each layer (all of them in the first).
+    A density of None leaves that kind of site dense. Returns what stays of each output projection.
     """
-    layers = mlp_weights(model)
-    chosen = []
-    for number, (into, out) in enumerate(layers):
-        width, units = out.shape
-        make_unit_major(out, 1, produces_units=False)
-        if number == 0:
-            chosen.append(torch.arange(units))
-            continue
-        generator = torch.Generator().manual_seed(number)
-        picked = torch.randperm(units, generator=generator)[: round(density * units)].sort().values
-        chosen.append(picked)
-        dense_bytes = sum(w.numel() * w.element_size() for w in (*into, out))
-        rank = rank_for_budget(dense_bytes, width, units, 1, budget)
-        bias = torch.full((units,), -1e6)
-        bias[picked] = 1e6
-        device = out.device
-        predictor = PredictorWeights(
-            down=_int8(rank, width, generator).to(device),
-            up=_int8(units, rank, generator).to(device),
-            bias=bias.to(device),
-        )
-        attach(
-            out,
-            Attachment(Policy.PREDICT, density, fingerprint(out), predictor=predictor,
-                       source=weakref.ref(layers[number - 1][1]), lookahead=1),
-        )  # fmt: skip
-    return chosen
+    kept = []
+    for parts, share, make in (
+        (mlps(model), density, _mlp_predictor),
+        (attentions(model), head_density, _head_predictor),
+    ):
+        for number, part in enumerate(parts[1:] if share is not None else [], start=1):
+            generator = torch.Generator().manual_seed(number)
+            order = torch.randperm(part.units, generator=generator)
+            picked = order[: round(share * part.units)].sort().values
+            make_unit_major(part.out, 1, produces_units=False)
+            predictor = make(part, budget, generator)
+            predictor.bias.fill_(-1e6)[picked.to(part.out.device)] = 1e6
+            attach(
+                part.out,
+                Attachment(Policy.PREDICT, share, fingerprint(part.out), predictor=predictor,
+                           source=weakref.ref(parts[number - 1].out), lookahead=1),
+            )  # fmt: skip
+            width = part.out.shape[1] // part.units
+            columns = picked[:, None] * width + torch.arange(width)
+            kept.append((part.out, columns.flatten()))
+    return kept
 
 
-def _int8(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randint(-8, 9, (rows, columns), generator=generator, dtype=torch.int8)
+def _mlp_predictor(part: Part, budget: float, generator: torch.Generator) -> PredictorWeights:
+    """int8, its rank set by the byte budget."""
+    width = part.out.shape[0]
+    rank = rank_for_budget(part.num_bytes, width, part.units, 1, budget)
+    down, up = (
+        torch.randint(-8, 9, shape, generator=generator, dtype=torch.int8).to(part.out.device)
+        for shape in ((rank, width), (part.units, rank))
+    )
+    return PredictorWeights(down, up, torch.empty(part.units, device=part.out.device))
+
+
+def _head_predictor(part: Part, budget: float, generator: torch.Generator) -> PredictorWeights:
+    """Of full rank, in the model's dtype: heads are few."""
+    like = {"device": part.out.device, "dtype": part.out.dtype}
+    down = torch.randn(part.units, part.out.shape[0], generator=generator).to(**like)
+    up = torch.randn(part.units, part.units, generator=generator).to(**like)
+    return PredictorWeights(down, up, torch.empty(part.units, device=part.out.device))
 
 
 class DecodeStep:
@@ -190,17 +251,17 @@ def time_us(
     return {"p20": quantiles[1], "p50": statistics.median(samples), "p80": quantiles[7]}
 
 
-def oracle_logits(model: nn.Module, chosen: list[torch.Tensor], length: int) -> torch.Tensor:
-    """The eager step with the hidden units outside `chosen` zeroed before each output projection."""
-    outs = {id(out): units for (_, out), units in zip(mlp_weights(model), chosen, strict=True)}
+def oracle_logits(model: nn.Module, kept: Kept, length: int, batch: int = 1) -> torch.Tensor:
+    """The eager step with what isn't in `kept` zeroed before each output projection that it names."""
+    columns = {id(out): chosen for out, chosen in kept}
     handles = []
-    step = DecodeStep(model, model.forward, length)
+    step = DecodeStep(model, model.forward, length, batch)
     for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module.weight) in outs:
+        if isinstance(module, nn.Linear) and id(module.weight) in columns:
             mask = torch.zeros(
                 module.in_features, dtype=module.weight.dtype, device=module.weight.device
             )
-            mask[outs[id(module.weight)].to(mask.device)] = 1
+            mask[columns[id(module.weight)].to(mask.device)] = 1
 
             def zero(_: nn.Module, args: tuple, mask: torch.Tensor = mask) -> tuple:
                 return (args[0] * mask,)
@@ -212,19 +273,35 @@ def oracle_logits(model: nn.Module, chosen: list[torch.Tensor], length: int) -> 
     return logits
 
 
-def weight_bytes(model: nn.Module, density: float | None) -> int:
-    """Weights that one step reads: the embedding only through the head it is tied to."""
+def weight_bytes(
+    model: nn.Module, density: float | None, head_density: float | None = None
+) -> int:
+    """Weights that one step reads, predictors too: the embedding only through the head it is tied to."""
     skip = {id(p) for n, p in model.named_parameters() if "embed_positions" in n}
     total = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skip)
     if model.config.tie_word_embeddings is False:
         embeddings = model.get_input_embeddings().weight
         total -= embeddings.numel() * embeddings.element_size()
-    if density is None:
-        return total
-    for into, out in mlp_weights(model)[1:]:
-        dense = sum(w.numel() * w.element_size() for w in (*into, out))
-        total -= round(dense * (1 - density - 0.05))
+    for parts, share in ((mlps(model), density), (attentions(model), head_density)):
+        for part in parts[1:] if share is not None else []:
+            attachment = attached(part.out)
+            predictor = attachment.predictor.num_bytes if attachment else 0
+            total -= round(part.num_bytes * (1 - share)) - predictor
     return total
+
+
+def cache_bytes(model: nn.Module, length: int, head_density: float | None = None) -> int:
+    """Keys and values that one step reads from a cache of `length` slots."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_dim = config.hidden_size // config.num_attention_heads
+    layers = config.num_hidden_layers
+    if head_density is not None:
+        # Keys that a group of heads shares are read if any of them runs.
+        group = config.num_attention_heads // heads
+        layers = 1 + (layers - 1) * (1 - (1 - head_density) ** group)
+    itemsize = next(model.parameters()).element_size()
+    return round(2 * layers * heads * head_dim * length * itemsize)
 
 
 def measure(
@@ -233,6 +310,7 @@ def measure(
     length: int,
     repeats: int,
     expected: torch.Tensor,
+    batch: int = 1,
     **compile_args: Any,
 ) -> dict[str, Any]:
     """Compile, check against the oracle, time, and count recompiles and skipped CUDA graphs."""
@@ -241,7 +319,7 @@ def measure(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     started = time.monotonic()
-    step = DecodeStep(model, torch.compile(model.forward, **compile_args), length)
+    step = DecodeStep(model, torch.compile(model.forward, **compile_args), length, batch)
     for _ in range(4):
         step.reset()
         logits = step().float().clone()

@@ -1,6 +1,6 @@
-"""Attention of a decode step on a CPU by an op that reads only what the mask allows.
+"""Attention of a decode step by an op that reads the cache in place, and only what the mask allows.
 
-    scaled_dot_product_attention(q, k, v, mask)   ->   decode_attention_cpu(q, k, v, mask, scale)
+    scaled_dot_product_attention(q, expand(k), expand(v), mask)   ->   decode_attention(q, k, v, mask, scale)
 
 for one query per sequence. All heads run: nothing is lost.
 """
@@ -30,7 +30,10 @@ class Attended:
 
 def _fits(found: Attention) -> bool:
     value = found.q.meta["val"]
-    if value.device.type != "cpu" or cpu.function("attention", value.dtype) is None:
+    if value.is_cuda:
+        # A grid of a number that only the GPU knows would be compiled again for each length.
+        return all(isinstance(size, int) for size in shape_of(found.k))
+    if cpu.function("attention", value.dtype) is None:
         return False
     # A dynamic cache has a length without a number: it is taken to be long.
     keys = shape_of(found.k)
@@ -45,9 +48,10 @@ def use_decode_attention(gm: fx.GraphModule) -> Attended:
         found = as_decode_attention(node)
         if found is None or not _fits(found):
             continue
+        op = ops.decode_attention if found.q.meta["val"].is_cuda else ops.decode_attention_cpu
         with emit.before(node):
             y = emit.call(
-                ops.decode_attention_cpu.default,
+                op.default,
                 found.q, found.k, found.v, found.mask, found.scale, None,
             )  # fmt: skip
         node.replace_all_uses_with(y)
