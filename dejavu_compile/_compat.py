@@ -116,10 +116,11 @@ def guard_identity(node: fx.Node) -> None:
 def check_strides_every_call() -> None:
     """Make guards that are built from now on look at each parameter, not only at its module's dict.
 
-    torch 2.11 skips parameters of modules whose dict is unchanged, and would run a graph that was
-    compiled for other strides; later versions look by default.
+    torch 2.11 skips parameters of modules whose dict is unchanged, in two ways, and would run a graph
+    that was compiled for other strides; later versions look by default.
     """
     dynamo_config.use_recursive_dict_tags_for_guards = False
+    dynamo_config.skip_tensor_guards_with_matching_dict_tags = False
 
 
 def compile_counters() -> dict[str, int]:
