@@ -46,11 +46,12 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     dense = oracle_logits(model, [], args.length, args.batch)
 
     def add(provider: str, expected: torch.Tensor, density: Any, heads: Any, **how: Any) -> None:
-        row = measure(model, provider, args.length, args.repeats, expected, args.batch, **how)
+        row = measure(model, provider, args.length, args.repeats, expected, args.batch,
+                      args.breakdown, **how)  # fmt: skip
         cache = args.batch * cache_bytes(model, args.length, heads)
         row["bytes"] = weight_bytes(model, density, heads) + cache
         result["rows"].append(row)
-        print(row, flush=True)
+        print({k: v for k, v in row.items() if k != "kernels"}, flush=True)
         write(args.out, result | {"partial": True})
 
     for mode in args.modes:
@@ -98,6 +99,12 @@ def table(result: dict[str, Any]) -> str:
             f"  {r['provider']:<26}{r['p50'] / 1e3:9.3f} ms  {r['bytes'] / 1e9:7.2f} GB  {floor:>5} of floor  "
             f"{speedup:>7}  err {r['error']:.1e}  recompiles {r['recompiles']}  skips {r['cudagraph_skips']}"
         )
+        for kernel in r.get("kernels", [])[:20]:
+            lines.append(
+                f"    {kernel['us']:9.1f} us {kernel['launches']:6.1f} x  {kernel['kernel'][:80]}"
+            )
+        if "kernels" in r:
+            lines.append(f"    {sum(k['us'] for k in r['kernels']):9.1f} us in kernels")
     return "\n".join(lines)
 
 
@@ -123,6 +130,7 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="*", choices=VARIANTS, default=["inline", "side_stream"]
     )
+    parser.add_argument("--breakdown", action="store_true", help="time by kernel too (CUDA)")
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     args = parser.parse_args()
     if args.density is None and not args.attention_only:

@@ -70,9 +70,7 @@ class SiteRecord:
         """Bytes of the predictor's matrices as a share of the dense site's, at 2 bytes a weight."""
         if self.predictor is None:
             return 0.0
-        stored = sum(
-            t.numel() * t.element_size() for t in (self.predictor.down, self.predictor.up)
-        )
+        stored = sum(t.numel() * t.element_size() for t in self.predictor.matrices)
         return stored / (2 * self.num_weights)
 
     def with_metrics(self, metrics: SiteMetrics) -> "SiteRecord":
@@ -186,6 +184,7 @@ class Calibration:
             for site in self.sites
             if site.predictor is not None
             for part in ("down", "up", "bias", "scale")
+            if getattr(site.predictor, part) is not None
         }
         save_file(tensors, folder / TENSORS)
         (folder / CONFIG).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
@@ -266,13 +265,13 @@ def _check_fingerprints(weights: dict[str, torch.Tensor], calibration: Calibrati
 def _predictor_weights(site: SiteRecord, weight: torch.Tensor) -> PredictorWeights:
     """The predictor on the model's device, with the threshold folded into its bias."""
     predictor, device = site.predictor, weight.device
-    down, up = (
+    stored = [
         m.to(device, weight.dtype if m.is_floating_point() else m.dtype).contiguous()
-        for m in (predictor.down, predictor.up)
-    )
+        for m in predictor.matrices
+    ]
     return PredictorWeights(
-        down=down,
-        up=up,
+        down=None if predictor.down is None else stored[0],
+        up=stored[-1],
         bias=predictor.selector_bias(site.threshold).to(device),
     )
 
@@ -340,8 +339,12 @@ def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: P
     predictor = None
     if config["rank"]:
         parts = {}
+        full_rank = SiteKind(config["kind"]) is SiteKind.ATTENTION
         for part in ("down", "up", "bias", "scale"):
             tensor = tensors.get(f"{name}.{part}")
+            if part == "down" and full_rank:
+                parts[part] = None
+                continue
             if tensor is None:
                 raise ArtifactError(
                     f"{path} lacks the predictor of {name}", expected=f"{name}.{part}"

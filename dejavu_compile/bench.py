@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import time
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,11 +150,13 @@ def attach_random_predictors(
         (mlps(model), density, _mlp_predictor),
         (attentions(model), head_density, _head_predictor),
     ):
-        for number, part in enumerate(parts[1:] if share is not None else [], start=1):
+        for number, part in enumerate(parts if share is not None else []):
+            make_unit_major(part.out, 1, produces_units=False)
+            if number == 0:
+                continue
             generator = torch.Generator().manual_seed(number)
             order = torch.randperm(part.units, generator=generator)
             picked = order[: round(share * part.units)].sort().values
-            make_unit_major(part.out, 1, produces_units=False)
             predictor = make(part, budget, generator)
             predictor.bias.fill_(-1e6)[picked.to(part.out.device)] = 1e6
             attach(
@@ -181,9 +184,8 @@ def _mlp_predictor(part: Part, budget: float, generator: torch.Generator) -> Pre
 def _head_predictor(part: Part, budget: float, generator: torch.Generator) -> PredictorWeights:
     """Of full rank, in the model's dtype: heads are few."""
     like = {"device": part.out.device, "dtype": part.out.dtype}
-    down = torch.randn(part.units, part.out.shape[0], generator=generator).to(**like)
-    up = torch.randn(part.units, part.units, generator=generator).to(**like)
-    return PredictorWeights(down, up, torch.empty(part.units, device=part.out.device))
+    up = torch.randn(part.units, part.out.shape[0], generator=generator).to(**like)
+    return PredictorWeights(None, up, torch.empty(part.units, device=part.out.device))
 
 
 class DecodeStep:
@@ -251,6 +253,24 @@ def time_us(
     return {"p20": quantiles[1], "p50": statistics.median(samples), "p80": quantiles[7]}
 
 
+def kernel_times(call: Callable[[], Any], calls: int = 10) -> list[dict[str, Any]]:
+    """Time on the GPU by kernel, longest first: name, launches a call, microseconds a call."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name][0] += 1
+            found[event.name][1] += event.device_time_total
+    return [
+        {"kernel": name[:100], "launches": count / calls, "us": us / calls}
+        for name, (count, us) in sorted(found.items(), key=lambda item: -item[1][1])
+    ]
+
+
 def oracle_logits(model: nn.Module, kept: Kept, length: int, batch: int = 1) -> torch.Tensor:
     """The eager step with what isn't in `kept` zeroed before each output projection that it names."""
     columns = {id(out): chosen for out, chosen in kept}
@@ -311,6 +331,7 @@ def measure(
     repeats: int,
     expected: torch.Tensor,
     batch: int = 1,
+    breakdown: bool = False,
     **compile_args: Any,
 ) -> dict[str, Any]:
     """Compile, check against the oracle, time, and count recompiles and skipped CUDA graphs."""
@@ -333,9 +354,12 @@ def measure(
     step.reset()
     times = time_us(step, repeats, together=together)
     after = compile_counters()
+    step.reset()
+    kernels = {"kernels": kernel_times(step)} if breakdown else {}
     return {
         "provider": provider, "error": error, "compile_s": compile_s, **times,
         "recompiles": after["graphs"] - before["graphs"], "cudagraph_skips": after["cudagraph_skips"],
+        **kernels,
     }  # fmt: skip
 
 

@@ -118,9 +118,10 @@ def _rank(record: Recording, source: Recording) -> int:
     itemsize = record.weight.element_size()
     dense_bytes = record.site.bytes_dense * min(itemsize, 2) // itemsize
     if record.site.kind is SiteKind.ATTENTION:
-        # Heads are so few that a full rank fits; its matrices stay in the model's dtype.
-        most = min(width, record.site.units)
-        return most if PREDICTOR_BUDGET * dense_bytes >= 2 * most * (width + most) else 0
+        # Heads are so few that a full rank fits, in the model's dtype.
+        units = record.site.units
+        fits = units <= width and PREDICTOR_BUDGET * dense_bytes >= 2 * units * width
+        return units if fits else 0
     int8 = 1
     return rank_for_budget(dense_bytes, width, record.site.units, int8, PREDICTOR_BUDGET)
 
@@ -159,7 +160,7 @@ def _fit(
     )
     kinds = [record.site.kind for record, *_ in jobs]
     fitted = [
-        predictor.quantized() if kind is SiteKind.MLP else predictor
+        predictor.quantized() if kind is SiteKind.MLP else predictor.full_rank()
         for predictor, kind in zip(fitted, kinds, strict=True)
     ]
     # One threshold for all sites of a kind: scores are in one unit, so each gets the density that it needs.

@@ -100,7 +100,7 @@ def _source(attachment: Attachment, site: Site, sites: dict[torch.Tensor, Site])
     if origin is None:
         raise _StayDenseError("the site that its predictor reads is not in the same graph")
     width = origin.input.meta["val"].shape[-1]
-    expected = attachment.predictor.down.shape[1]
+    expected = attachment.predictor.source_width
     if width != expected:
         raise _StayDenseError(f"its source is {width} wide here, its predictor {expected}")
     if not origin.input < site.projections[0].node:

@@ -94,21 +94,28 @@ class Predictor:
     """score = scale * (up @ (down @ source)) + bias.
 
     down [rank, source width] and up [units, rank] of one dtype, int8 once `quantized`; bias and
-    scale [units] fp32.
+    scale [units] fp32. Once `full_rank`, there is no down, and up is [units, source width].
     """
 
-    down: Tensor
+    down: Tensor | None
     up: Tensor
     bias: Tensor
     scale: Tensor
 
     @property
     def rank(self) -> int:
-        return self.down.shape[0]
+        return self.up.shape[0] if self.down is None else self.down.shape[0]
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """What an evaluation reads, but for a few numbers a unit."""
+        return (self.up,) if self.down is None else (self.down, self.up)
 
     def score(self, source: Tensor) -> Tensor:
         """Scores [..., units] in fp32, whatever dtype the two matrices are stored in."""
-        inner = F.linear(source.float(), self.down.float())
+        inner = (
+            source.float() if self.down is None else F.linear(source.float(), self.down.float())
+        )
         return F.linear(inner, self.up.float()) * self.scale + self.bias
 
     def quantized(self) -> Predictor:
@@ -120,6 +127,10 @@ class Predictor:
         down, down_scale = _to_int8(self.down.float())
         up, up_scale = _to_int8(self.up.float() * down_scale)
         return Predictor(down, up, self.bias, self.scale * up_scale)
+
+    def full_rank(self) -> Predictor:
+        """Both matrices multiplied out: less to read, and one product, where units are as few as ranks."""
+        return Predictor(None, self.up.float() @ self.down.float(), self.bias, self.scale)
 
     def selector_bias(self, threshold: float) -> Tensor:
         """b such that `score > threshold` is `up @ (down @ source) + b > 0`, [units] fp32."""

@@ -9,7 +9,7 @@ else:
     from .attention import attention_reference, decode_attention, decode_attention_cpu
     from .gathered_sum import gathered_sum, gathered_sum_reference
     from .gemv import gemv, gemv_reference
-    from .heads import head_rows, head_rows_reference, head_sum, head_sum_reference
+    from .heads import head_sum, head_sum_reference
     from .lookahead import select_begin, select_join
     from .rows import (
         gathered_glu,
@@ -34,8 +34,6 @@ __all__ = [
     "gathered_sum_reference",
     "gemv",
     "gemv_reference",
-    "head_rows",
-    "head_rows_reference",
     "head_sum",
     "head_sum_reference",
     "select",

@@ -1,8 +1,8 @@
 """Attention of one query per sequence, of the heads that run, over a cache that is read in place.
 
-    y[b, h] = softmax(scale * q[b, h] @ k[b, g].T + mask) @ v[b, g]  where keep[b, h],    g = h * kv_heads // heads
+    y[b, h] = softmax(scale * q[b, h] @ k[b, g].T + mask) @ v[b, g],    g = h * kv_heads // heads
 
-A head that doesn't run reads nothing and gives zero. Slots that a boolean mask rules out aren't read either:
+A head whose score is at most zero doesn't run: it reads nothing and gives zero. Slots that a boolean mask rules out aren't read either:
 a static cache costs what it holds, not what it could hold. Keys shared by several heads (GQA, MQA) are read
 where they are, never expanded to a copy. (Deja Vu, section 4.2; split along the sequence as in Flash-Decoding)
 """
@@ -14,105 +14,122 @@ from torch.library import triton_op
 
 from . import cpu
 from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
+from .gemv import running
 
 NEGATIVE = float("-inf")
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, keep: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, score: Tensor | None = None
 ) -> Tensor:
     """q [b, h, 1, d]; k [b, g, s, d], v [b, g, s, e], where g divides h, last dim contiguous.
 
-    mask broadcasts to [b, h, 1, s]: bool (True: attend) or added to the scores. keep [b, h] bool: which
-    heads run, None for all. Returns [b, h, 1, e] of q's dtype, accumulated in fp32; zero where nothing may
+    mask broadcasts to [b, h, 1, s]: bool (True: attend) or added to the logits. score [b, h]: which heads run,
+    None for all. Returns [b, h, 1, e] of q's dtype, accumulated in fp32; zero where nothing may
     be attended. The query of a head that doesn't run isn't read: it may be anything.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1).float() for x in (k, v))
-    score = scale * q.float() @ k.mT
+    logits = scale * q.float() @ k.mT
     if mask is not None:
         boolean = mask.dtype is torch.bool
-        score = score.masked_fill(~mask, NEGATIVE) if boolean else score + mask.float()
-    weight = score.softmax(dim=-1).masked_fill((score == NEGATIVE).all(-1, keepdim=True), 0.0)
+        logits = logits.masked_fill(~mask, NEGATIVE) if boolean else logits + mask.float()
+    weight = logits.softmax(dim=-1).masked_fill((logits == NEGATIVE).all(-1, keepdim=True), 0.0)
     y = weight @ v
-    if keep is not None:
-        y = y.masked_fill(~keep[:, :, None, None], 0.0)
+    if score is not None:
+        y = y.masked_fill(~running(score)[:, :, None, None], 0.0)
     return y.to(q.dtype)
 
 
 @jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, keep_ptr, part_ptr, stats_ptr, scale,
-    heads, group, slots, per_split,
+    q_ptr, k_ptr, v_ptr, mask_ptr, score_ptr, part_ptr, stats_ptr, scale,
+    kv_heads, slots, per_split,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_h, mask_s,
-    D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, SELECT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads, splits). MASK: 0 none, 1 boolean, 2 added. Heads that don't run end at once."""
+    """Grid (batch * kv_heads, splits): the GROUP heads that share keys are rows of one product.
+
+    MASK: 0 none, 1 boolean, 2 added. A group of which no head runs ends at once.
+    """
     at, split = tl.program_id(0), tl.program_id(1)
-    b, head = at // heads, at % heads
-    runs = True
-    if KEEP:
-        runs = tl.load(keep_ptr + at) != 0
-    if runs:
+    b, g = at // kv_heads, at % kv_heads
+    row = tl.arange(0, ROWS)
+    head = g * GROUP + row
+    runs = row < GROUP
+    if SELECT:
+        score = tl.load(score_ptr + at * GROUP + row, mask=runs, other=-1.0).to(tl.float32)
+        runs = runs & ((score > 0) | (score != score))
+    if tl.max(runs.to(tl.int32), axis=0) != 0:
         # Python floats arrive as fp64 from Inductor
         factor = tl.full([1], scale, tl.float32)
         d = tl.arange(0, BLOCK_D)
         e = tl.arange(0, BLOCK_E)
-        q = (
-            tl.load(q_ptr + b * q_b + head * q_h + d, mask=d < D, other=0.0).to(tl.float32)
-            * factor
-        )
-        k_ptr += b.to(tl.int64) * k_b + (head // group).to(tl.int64) * k_h
-        v_ptr += b.to(tl.int64) * v_b + (head // group).to(tl.int64) * v_h
-        mask_ptr += b.to(tl.int64) * mask_b + head * mask_h
-        largest = tl.full([1], float("-inf"), tl.float32)
-        total = tl.zeros([1], dtype=tl.float32)
-        y = tl.zeros([BLOCK_E], dtype=tl.float32)
+        q = tl.load(
+            q_ptr + b * q_b + head[:, None] * q_h + d[None, :],
+            mask=runs[:, None] & (d[None, :] < D), other=0.0,
+        )  # fmt: skip
+        k_ptr += b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
+        v_ptr += b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
+        largest = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], dtype=tl.float32)
+        y = tl.zeros([ROWS, BLOCK_E], dtype=tl.float32)
         stop = tl.minimum((split + 1) * per_split, slots)
         for start in range(split * per_split, stop, BLOCK_S):
             slot = start + tl.arange(0, BLOCK_S)
             live = slot < stop
-            added = tl.zeros([BLOCK_S], dtype=tl.float32)
-            if MASK == 1:
-                live = live & (tl.load(mask_ptr + slot * mask_s, mask=live, other=0) != 0)
-            if MASK == 2:
-                added = tl.load(mask_ptr + slot * mask_s, mask=live, other=0.0).to(tl.float32)
-            rows = slot.to(tl.int64)[:, None]
-            # [BLOCK_S, BLOCK_D]
+            allowed = runs[:, None] & live[None, :]  # [ROWS, BLOCK_S]
+            added = tl.zeros([ROWS, BLOCK_S], dtype=tl.float32)
+            if MASK != 0:
+                at_mask = mask_ptr + b * mask_b + head[:, None] * mask_h + slot[None, :] * mask_s
+                if MASK == 1:
+                    allowed = allowed & (tl.load(at_mask, mask=allowed, other=0) != 0)
+                    # Keys that no row may attend to aren't read
+                    live = live & (tl.max(allowed.to(tl.int32), axis=0) != 0)
+                else:
+                    added = tl.load(at_mask, mask=allowed, other=0.0).to(tl.float32)
+            slot = slot.to(tl.int64)
+            # [BLOCK_D, BLOCK_S]
             k = tl.load(
-                k_ptr + rows * k_s + d[None, :], mask=live[:, None] & (d[None, :] < D), other=0.0
-            ).to(tl.float32)  # fmt: skip
-            score = tl.where(live, tl.sum(k * q[None, :], axis=1) + added, float("-inf"))
-            higher = tl.maximum(largest, tl.max(score, axis=0))
+                k_ptr + slot[None, :] * k_s + d[:, None],
+                mask=live[None, :] & (d[:, None] < D), other=0.0,
+            )  # fmt: skip
+            s = tl.dot(q, k, input_precision="ieee") * factor + added
+            s = tl.where(allowed, s, float("-inf"))
+            higher = tl.maximum(largest, tl.max(s, axis=1))
             # Nothing seen so far that may be attended: -inf minus -inf would be NaN
             anchor = tl.where(higher == float("-inf"), 0.0, higher)
-            weight = tl.exp(score - anchor)
+            weight = tl.exp(s - anchor[:, None])
             shrunk = tl.exp(largest - anchor)
+            # [BLOCK_S, BLOCK_E]
             v = tl.load(
-                v_ptr + rows * v_s + e[None, :], mask=live[:, None] & (e[None, :] < E), other=0.0
-            ).to(tl.float32)  # fmt: skip
-            y = y * shrunk + tl.sum(weight[:, None] * v, axis=0)
-            total = total * shrunk + tl.sum(weight, axis=0)
+                v_ptr + slot[:, None] * v_s + e[None, :],
+                mask=live[:, None] & (e[None, :] < E), other=0.0,
+            )  # fmt: skip
+            y = y * shrunk[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+            total = total * shrunk + tl.sum(weight, axis=1)
             largest = higher
-        place = at * tl.num_programs(1) + split
-        tl.store(part_ptr + place.to(tl.int64) * E + e, y, mask=e < E)
-        one = tl.arange(0, 1)
-        tl.store(stats_ptr + 2 * place + one, largest)
-        tl.store(stats_ptr + 2 * place + 1 + one, total)
+        place = (at * GROUP + row).to(tl.int64) * tl.num_programs(1) + split
+        tl.store(
+            part_ptr + place[:, None] * E + e[None, :], y, mask=runs[:, None] & (e[None, :] < E)
+        )
+        tl.store(stats_ptr + 2 * place, largest, mask=runs)
+        tl.store(stats_ptr + 2 * place + 1, total, mask=runs)
 
 
 @jit
 def _combine_kernel(
-    part_ptr, stats_ptr, keep_ptr, out_ptr, splits,
-    E: tl.constexpr, KEEP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr,
+    part_ptr, stats_ptr, score_ptr, out_ptr, splits,
+    E: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * heads,). Join the splits of one head; zero for one that doesn't run."""
     at = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
     runs = True
-    if KEEP:
-        runs = tl.load(keep_ptr + at) != 0
+    if SELECT:
+        score = tl.load(score_ptr + at).to(tl.float32)
+        runs = (score > 0) | (score != score)
     y = tl.zeros([BLOCK_E], dtype=tl.float32)
     if runs:
         s = tl.arange(0, SPLITS)
@@ -133,20 +150,22 @@ def _combine_kernel(
 
 
 BLOCK_S = 64
+LEAST = 16  # rows and columns of a matrix product
 
 
-def attention_splits(batch_heads: int, slots: int) -> int:
-    """Enough programs to fill the chip, none shorter than a few blocks."""
-    return max(1, min(cdiv(4 * PROCESSORS, batch_heads), cdiv(slots, 2 * BLOCK_S), 64))
+def attention_splits(groups: int, slots: int) -> int:
+    """Enough programs to fill the chip, none shorter than a block."""
+    return max(1, min(cdiv(8 * PROCESSORS, groups), cdiv(slots, BLOCK_S), 64))
 
 
 def launch_attention(
     kernels, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
-    keep: Tensor | None, splits: int | None = None,
+    score: Tensor | None, splits: int | None = None,
 ) -> Tensor:  # fmt: skip
     """`kernels`: (`_attention_kernel`, `_combine_kernel`), wrapped or not."""
     (batch, heads, _, d), (kv_heads, slots, e) = q.shape, v.shape[1:]
-    splits = splits or attention_splits(batch * heads, slots)
+    group = heads // kv_heads
+    splits = splits or attention_splits(batch * kv_heads, slots)
     per_split = cdiv(cdiv(slots, splits), BLOCK_S) * BLOCK_S
     part = empty(batch * heads * splits, e, like=q, dtype=torch.float32)
     stats = empty(batch * heads * splits, 2, like=q, dtype=torch.float32)
@@ -156,17 +175,19 @@ def launch_attention(
         mask = mask.expand(batch, heads, 1, slots)
         kind = 1 if mask.dtype is torch.bool else 2
         mask_strides = mask.stride(0), mask.stride(1), mask.stride(3)
-    keep = None if keep is None else keep.contiguous()
-    kernels[0][(batch * heads, splits)](
-        q, k, v, q if mask is None else mask, q if keep is None else keep, part, stats, scale,
-        heads, heads // kv_heads, slots, per_split, q.stride(0), q.stride(1),
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    score = None if score is None else score.contiguous()
+    kernels[0][(batch * kv_heads, splits)](
+        q, k, v, q if mask is None else mask, q if score is None else score, part, stats, scale,
+        kv_heads, slots, per_split, q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *mask_strides,
-        D=d, E=e, MASK=kind, KEEP=keep is not None,
-        BLOCK_S=BLOCK_S, BLOCK_D=power_of_2(d), BLOCK_E=power_of_2(e), num_warps=4,
+        D=d, E=e, GROUP=group, MASK=kind, SELECT=score is not None, ROWS=max(LEAST, power_of_2(group)),
+        BLOCK_S=BLOCK_S, BLOCK_D=max(LEAST, power_of_2(d)), BLOCK_E=max(LEAST, power_of_2(e)),
+        num_warps=4, num_stages=3,
     )  # fmt: skip
     kernels[1][(batch * heads,)](
-        part, stats, q if keep is None else keep, out, splits,
-        E=e, KEEP=keep is not None, SPLITS=power_of_2(splits), BLOCK_E=power_of_2(e), num_warps=4,
+        part, stats, q if score is None else score, out, splits, E=e, SELECT=score is not None,
+        SPLITS=power_of_2(splits), BLOCK_E=power_of_2(e), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -181,17 +202,18 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _fake_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, keep: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, score: Tensor | None
 ) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
 @cpu.cpu_op("dejavu::decode_attention_cpu", _fake_attention)
 def decode_attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, keep: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, score: Tensor | None
 ) -> Tensor:
     """See `attention_reference`; PyTorch's where there is no C++ form."""
     check_attention(q, k, v)
+    keep = None if score is None else running(score)
     y = cpu.attended(q, k, v, mask, scale, keep)
     if y is not None:
         return y
@@ -201,11 +223,11 @@ def decode_attention_cpu(
 
 @triton_op("dejavu::decode_attention", mutates_args=())
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, keep: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, score: Tensor | None
 ) -> Tensor:
     """See `attention_reference`."""
     if not q.is_cuda:
-        return decode_attention_cpu(q, k, v, mask, scale, keep)
+        return decode_attention_cpu(q, k, v, mask, scale, score)
     check_attention(q, k, v)
     kernels = (wrap_triton(_attention_kernel), wrap_triton(_combine_kernel))
-    return launch_attention(kernels, q, k, v, mask, scale, keep)
+    return launch_attention(kernels, q, k, v, mask, scale, score)

@@ -3,7 +3,9 @@
     y[t] = act([W0 @ x[t] + b0, W1 @ x[t] + b1, ...])
 
 A launch that reads 34 MB loses a quarter of the bandwidth to filling and draining the chip, so Q, K and
-V go together.
+V go together, and so does the predictor of a later layer's heads, which reads the same input. Rows of W0 may
+be owned by heads: they are skipped where no token runs their head (scores: see heads.py). What belongs to a
+head that doesn't run is left as it is, and nothing may read it. (Deja Vu, section 4.2)
 """
 
 import torch
@@ -16,57 +18,96 @@ from ._triton import cdiv, empty, jit, tl, wrap_triton
 from .activations import REFERENCE, activate
 from .rows import check_rows, dots, row_blocks
 
-MOST = 3  # projections in one launch
+MOST = 4  # projections in one launch
+
+
+def running(score: Tensor) -> Tensor:
+    """Which heads run, bool: a score that isn't at most zero. A NaN runs, and stays visible."""
+    return ~(score <= 0)
+
+
+def running_rows(weight: Tensor, owner: Tensor, score: Tensor) -> Tensor:
+    """Which rows of a weight run for any token, [n] bool."""
+    runs = torch.cat([running(score).any(dim=0), score.new_ones(1, dtype=torch.bool)])
+    return runs[owner.long()].repeat_interleave(weight.shape[0] // owner.numel())
 
 
 def gemv_reference(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str
-) -> Tensor:
-    """x [m, d]; each weight [n_i, d] of its dtype, rows contiguous, any row stride; a bias [n_i] for each,
-    or none at all. Returns [m, sum of n_i] of x's dtype; accumulated in fp32."""
-    wide = [b.float() for b in biases] or [None] * len(weights)
-    parts = [F.linear(x.float(), w.float(), b) for w, b in zip(weights, wide, strict=True)]
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str,
+    owner: Tensor | None = None, score: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x [m, d]; each weight [n_i, d] of its dtype, rows contiguous, any row stride; a bias [n_i] or None for each.
+
+    owner [n_0 / block] int32: the head that alone reads this block of rows of the first weight, or -1: always
+    computed; score [m, heads], both or none. Returns [m, sum of n_i] of x's dtype, here with zeros where no
+    token's head runs; accumulated in fp32.
+    """
+    parts = [
+        F.linear(x.float(), w.float(), None if b is None else b.float())
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    if owner is not None:
+        parts[0] = parts[0].masked_fill(~running_rows(weights[0], owner, score), 0.0)
     return REFERENCE[activation](torch.cat(parts, dim=1)).to(x.dtype)
 
 
 @jit
 def _gemv_block(
-    block, x_ptr, weight0, weight1, weight2, bias0, bias1, bias2, out_ptr,
-    n0, n1, n2, stride0, stride1, stride2,
-    D: tl.constexpr, TOKENS: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr,
+    block, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3, owner_ptr, score_ptr, out_ptr,
+    n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
+    D: tl.constexpr, TOKENS: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr, OWNED: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_J rows of one of the weights."""
-    total = n0 + n1 + n2
+    """BLOCK_J rows of one of the weights. BIAS has a bit for each weight that has one."""
+    total = n0 + n1 + n2 + n3
     weight_ptr, bias_ptr, n, stride, first = weight0, bias0, n0, stride0, 0
+    with_bias = BIAS
+    owner = -1
+    if OWNED:
+        rows = block * BLOCK_J
+        owner = tl.load(owner_ptr + rows // owned_rows, mask=rows < n0, other=-1)
     if WEIGHTS > 1:
         blocks0 = tl.cdiv(n0, BLOCK_J)
         blocks1 = blocks0 + tl.cdiv(n1, BLOCK_J)
+        blocks2 = blocks1 + tl.cdiv(n2, BLOCK_J)
         # Selects rather than branches: the compiler keeps what it knows of the pointers' alignment.
-        is0, is1 = block < blocks0, block < blocks1
-        weight_ptr = tl.where(is0, weight0, tl.where(is1, weight1, weight2))
-        bias_ptr = tl.where(is0, bias0, tl.where(is1, bias1, bias2))
-        n = tl.where(is0, n0, tl.where(is1, n1, n2))
-        stride = tl.where(is0, stride0, tl.where(is1, stride1, stride2))
-        first = tl.where(is0, 0, tl.where(is1, n0, n0 + n1))
-        block -= tl.where(is0, 0, tl.where(is1, blocks0, blocks1))
-    unit = block * BLOCK_J + tl.arange(0, BLOCK_J)
-    live = unit < n
-    row = weight_ptr + unit[:, None].to(tl.int64) * stride
-    for token in tl.static_range(TOKENS):
-        y = dots(x_ptr + token * D, row, live, D, BLOCK_J, BLOCK_D)
-        if BIAS:
-            y += tl.load(bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
-        y = activate(y, ACTIVATION)
-        out = out_ptr + token * total + first + unit
-        tl.store(out, y.to(out_ptr.dtype.element_ty), mask=live)
+        is0, is1, is2 = block < blocks0, block < blocks1, block < blocks2
+        weight_ptr = tl.where(
+            is0, weight0, tl.where(is1, weight1, tl.where(is2, weight2, weight3))
+        )
+        bias_ptr = tl.where(is0, bias0, tl.where(is1, bias1, tl.where(is2, bias2, bias3)))
+        n = tl.where(is0, n0, tl.where(is1, n1, tl.where(is2, n2, n3)))
+        stride = tl.where(is0, stride0, tl.where(is1, stride1, tl.where(is2, stride2, stride3)))
+        first = tl.where(is0, 0, tl.where(is1, n0, tl.where(is2, n0 + n1, n0 + n1 + n2)))
+        with_bias = tl.where(
+            is0, BIAS & 1, tl.where(is1, BIAS & 2, tl.where(is2, BIAS & 4, BIAS & 8))
+        )
+        block -= tl.where(is0, 0, tl.where(is1, blocks0, tl.where(is2, blocks1, blocks2)))
+    runs = owner < 0
+    if OWNED:
+        for token in tl.static_range(TOKENS):
+            score = tl.load(score_ptr + token * heads + tl.maximum(owner, 0)).to(tl.float32)
+            runs = runs | (score > 0) | (score != score)
+    if runs:
+        unit = block * BLOCK_J + tl.arange(0, BLOCK_J)
+        live = unit < n
+        row = weight_ptr + unit[:, None].to(tl.int64) * stride
+        for token in tl.static_range(TOKENS):
+            y = dots(x_ptr + token * D, row, live, D, BLOCK_J, BLOCK_D)
+            if BIAS:
+                y += tl.load(bias_ptr + unit, mask=live & (with_bias != 0), other=0.0).to(
+                    tl.float32
+                )
+            y = activate(y, ACTIVATION)
+            out = out_ptr + token * total + first + unit
+            tl.store(out, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @jit
 def _gemv_kernel(
-    x_ptr, weight0, weight1, weight2, bias0, bias1, bias2, out_ptr,
-    n0, n1, n2, stride0, stride1, stride2,
-    D: tl.constexpr, TOKENS: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr,
+    x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3, owner_ptr, score_ptr, out_ptr,
+    n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
+    D: tl.constexpr, TOKENS: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr, OWNED: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     """Grid: the row blocks of each weight, one weight after the other, one program each.
@@ -74,18 +115,25 @@ def _gemv_kernel(
     LOOP says so in a loop that turns once: the same work, scheduled otherwise by the compiler.
     """
     if LOOP:
-        blocks = tl.cdiv(n0, BLOCK_J) + tl.cdiv(n1, BLOCK_J) + tl.cdiv(n2, BLOCK_J)
+        blocks = (
+            tl.cdiv(n0, BLOCK_J)
+            + tl.cdiv(n1, BLOCK_J)
+            + tl.cdiv(n2, BLOCK_J)
+            + tl.cdiv(n3, BLOCK_J)
+        )
         for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             _gemv_block(
-                block, x_ptr, weight0, weight1, weight2, bias0, bias1, bias2, out_ptr,
-                n0, n1, n2, stride0, stride1, stride2,
-                D, TOKENS, WEIGHTS, BIAS, ACTIVATION, BLOCK_J, BLOCK_D,
+                block, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3,
+                owner_ptr, score_ptr, out_ptr,
+                n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
+                D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, BLOCK_J, BLOCK_D,
             )  # fmt: skip
     else:
         _gemv_block(
-            tl.program_id(0), x_ptr, weight0, weight1, weight2, bias0, bias1, bias2, out_ptr,
-            n0, n1, n2, stride0, stride1, stride2,
-            D, TOKENS, WEIGHTS, BIAS, ACTIVATION, BLOCK_J, BLOCK_D,
+            tl.program_id(0), x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3,
+            owner_ptr, score_ptr, out_ptr,
+            n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
+            D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, BLOCK_J, BLOCK_D,
         )  # fmt: skip
 
 
@@ -96,8 +144,8 @@ def gemv_config(d: int) -> dict[str, int]:
 
 
 def launch_gemv(
-    kernel, x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str,
-    config: dict[str, int] | None = None,
+    kernel, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str,
+    owner: Tensor | None = None, score: Tensor | None = None, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_gemv_kernel`, wrapped or not, for at most `MOST` weights."""
     x = x.contiguous()
@@ -105,37 +153,64 @@ def launch_gemv(
         check_rows(weight)
     tokens, d = x.shape
     sizes = [weight.shape[0] for weight in weights]
-    config = config or gemv_config(d)
+    config = dict(config or gemv_config(d))
+    owned_rows = heads = 1
+    if owner is not None:
+        owned_rows, heads = sizes[0] // owner.numel(), score.shape[1]
+        score = score.contiguous()
+        if owned_rows % config["BLOCK_J"]:
+            config["BLOCK_J"] = 1
     out = empty(tokens, sum(sizes), like=x)
     absent = MOST - len(weights)
-    bias = [*(b.contiguous() for b in biases or [x] * len(weights)), *([x] * absent)]
+    bias = [x if b is None else b.contiguous() for b in biases]
     kernel[(sum(cdiv(n, config["BLOCK_J"]) for n in sizes),)](
-        x, *weights, *([x] * absent), *bias, out,
-        *sizes, *([0] * absent), *(weight.stride(0) for weight in weights), *([0] * absent),
-        D=d, TOKENS=tokens, WEIGHTS=len(weights), BIAS=bool(biases), ACTIVATION=activation, **config,
+        x, *weights, *([x] * absent), *bias, *([x] * absent),
+        x if owner is None else owner, x if score is None else score, out,
+        *sizes, *([0] * absent), *(weight.stride(0) for weight in weights), *([0] * absent), heads, owned_rows,
+        D=d, TOKENS=tokens, WEIGHTS=len(weights), BIAS=sum(1 << i for i, b in enumerate(biases) if b is not None),
+        OWNED=owner is not None, ACTIVATION=activation, **config,
     )  # fmt: skip
     return out
 
 
-def _fake_gemv(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str) -> Tensor:
+def _fake_gemv(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str,
+    owner: Tensor | None = None, score: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], sum(weight.shape[0] for weight in weights))
 
 
 @cpu.cpu_op("dejavu::gemv_cpu", _fake_gemv)
-def gemv_cpu(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str) -> Tensor:
+def gemv_cpu(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str,
+    owner: Tensor | None = None, score: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Opaque to tracing: a call into C++, or PyTorch's own projections where there is no C++ form."""
     sizes = [weight.shape[0] for weight in weights]
     out = x.new_empty(x.shape[0], sum(sizes))
-    with_bias = biases or [None] * len(weights)
-    for part, weight, bias in zip(out.split(sizes, dim=1), weights, with_bias, strict=True):
-        if not cpu.rows(part, x, weight, bias, None, weight.shape[0], activation):
-            part.copy_(REFERENCE[activation](F.linear(x, weight, bias)))
+    index = None
+    if owner is not None:
+        index = running_rows(weights[0], owner, score).nonzero().flatten().int()
+    for part, weight, bias in zip(out.split(sizes, dim=1), weights, biases, strict=True):
+        slots = weight.shape[0] if index is None else index.numel()
+        if not cpu.rows(
+            part, x, weight, bias, index, slots, activation, in_place=index is not None
+        ):
+            if index is None:
+                part.copy_(REFERENCE[activation](F.linear(x, weight, bias)))
+            else:
+                rows = F.linear(x, weight[index], None if bias is None else bias[index])
+                part[:, index] = REFERENCE[activation](rows)
+        index = None
     return out
 
 
 @triton_op("dejavu::gemv", mutates_args=())
-def gemv(x: Tensor, weights: list[Tensor], biases: list[Tensor], activation: str) -> Tensor:
+def gemv(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str,
+    owner: Tensor | None = None, score: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `gemv_reference`."""
     if not x.is_cuda:
-        return gemv_cpu(x, weights, biases, activation)
-    return launch_gemv(wrap_triton(_gemv_kernel), x, weights, biases, activation)
+        return gemv_cpu(x, weights, biases, activation, owner, score)
+    return launch_gemv(wrap_triton(_gemv_kernel), x, weights, biases, activation, owner, score)

@@ -1,11 +1,13 @@
 """Run the projections of a decode step that stay dense as GEMVs, those of one input together.
 
-    q = linear(x, Wq, bq); k = linear(x, Wk, bk); v = linear(x, Wv, bv)
+    q = linear(x, Wq, bq); k = linear(x, Wk, bk); v = linear(x, Wv)
         ->
-    y = gemv(reshape(x), [Wq, Wk, Wv], [bq, bk, bv], "identity"); q, k, v = slices of y
+    y = gemv(reshape(x), [Wq, Wk, Wv], [bq, bk, None], "identity"); q, k, v = slices of y
 
 At one token a projection only reads its weight. Library GEMMs reach half of the H200's bandwidth there
-when there is a bias or the weight is small (facts: H200 numbers), and each launch fills the chip anew.
+when there is a bias or the weight is small (facts: H200 numbers), and each launch fills the chip anew. A
+GEMV that skips rows of heads (rewrite_heads.py) takes in what else reads its input, the predictor of a later
+layer's heads among it.
 """
 
 from collections import defaultdict
@@ -38,7 +40,33 @@ class Replaced:
     launches: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A projection that can be part of a launch. Where `owned`, `node` is a GEMV that skips rows of heads."""
+
+    node: fx.Node
+    input: fx.Node
+    weight: fx.Node
+    bias: fx.Node | None
+    owned: tuple[fx.Node, fx.Node] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Its output features."""
+        return shape_of(self.node)[-1]
+
+
+def _owned(node: fx.Node) -> _Member | None:
+    """The member for a GEMV of one weight that skips rows."""
+    if node.target is not ops.gemv.default or len(node.args) < 6 or len(node.args[1]) != 1:
+        return None
+    x, (weight,), (bias,), _, *owned = node.args
+    source = x.args[0] if x.target is aten.reshape.default else x
+    return _Member(node, source, weight, bias, tuple(owned))
+
+
 def _fits(projection: Projection, max_tokens: int) -> bool:
+    """Whether a GEMV can run it; whether one should, on its own, is `_pays`."""
     weight = projection.weight.meta["val"]
     tokens = 1
     for size in shape_of(projection.input)[:-1]:
@@ -47,56 +75,90 @@ def _fits(projection: Projection, max_tokens: int) -> bool:
         tokens *= size
     if tokens > max_tokens or projection.contracted != 1 or weight.stride(1) != 1:
         return False
-    num_bytes = weight.numel() * weight.element_size()
     if weight.is_cuda:
-        return weight.is_floating_point() and num_bytes <= LIBRARY_ABOVE
-    return num_bytes >= CPU_FROM and cpu.function("rows", weight.dtype) is not None
+        return weight.is_floating_point()
+    return cpu.function("rows", weight.dtype) is not None
 
 
-def _shared(projection: Projection) -> tuple[object, ...]:
-    """Projections go together if this is equal: one input, one dtype, and biases that are there already."""
-    bias, weight = projection.bias, projection.weight
-    kind = bias is not None
-    if bias is not None and bias.op not in {"placeholder", "get_attr"}:
-        kind = projection.node
-    return projection.input, kind, weight.meta["val"].dtype
+def _pays(member: _Member) -> bool:
+    weight = member.weight.meta["val"]
+    num_bytes = weight.numel() * weight.element_size()
+    return num_bytes <= LIBRARY_ABOVE if weight.is_cuda else num_bytes >= CPU_FROM
 
 
-def _as_one(emit: Emitter, group: list[Projection]) -> None:
-    """Replace the projections of `group`, which share their input, by slices of one GEMV."""
-    first = group[0]
-    for node in [p.weight for p in group] + [p.bias for p in group if p.bias is not None]:
-        if node.op == "get_attr":
-            first.node.prepend(node)
-    with emit.before(first.node):
-        x = emit.call(aten.reshape.default, first.input, [-1, first.in_features])
-        biases = [] if first.bias is None else [projection.bias for projection in group]
-        weights = [projection.weight for projection in group]
-        y = emit.call(ops.gemv.default, x, weights, biases, "identity")
+def _shared(member: _Member) -> tuple[object, ...]:
+    """Members go together if this is equal: one input, one dtype, and a bias that is there already."""
+    computed = member.bias is not None and member.bias.op not in {"placeholder", "get_attr"}
+    return member.input, member.node if computed else None, member.weight.meta["val"].dtype
+
+
+def _launches(group: list[_Member]) -> list[list[_Member]]:
+    """The members of each launch: one that skips rows comes first, and a launch has one of these."""
+    first = [m for m in group if m.owned is not None]
+    rest = [m for m in group if m.owned is None]
+    if not first:
+        rest = [m for m in rest if _pays(m)]
+    launches = [[m] for m in first] or [[]]
+    room = MOST - len(launches[0])
+    launches[0] += rest[:room]
+    launches += [rest[i : i + MOST] for i in range(room, len(rest), MOST)]
+    return [launch for launch in launches if launch]
+
+
+def _hoist(node: fx.Node, before: fx.Node) -> None:
+    """Move a weight, or a view of one, to where it is needed earlier."""
+    if node.op == "placeholder" or node < before:
+        return
+    for source in node.all_input_nodes:
+        _hoist(source, before)
+    before.prepend(node)
+
+
+def _as_one(emit: Emitter, group: list[_Member]) -> None:
+    """Replace the members of `group`, which share their input, by slices of one GEMV."""
+    first = min(m.node for m in group)
+    owned = group[0].owned or ()
+    for member in group:
+        for node in (member.weight, member.bias):
+            if node is not None:
+                _hoist(node, first)
+    for node in owned[:1]:
+        _hoist(node, first)
+    with emit.before(first):
+        x = emit.call(aten.reshape.default, group[0].input, [-1, shape_of(group[0].input)[-1]])
+        y = emit.call(
+            ops.gemv.default, x, [m.weight for m in group], [m.bias for m in group], "identity",
+            *owned,
+        )  # fmt: skip
         start = 0
-        for projection in group:
+        for member in group:
             part = y
             if len(group) > 1:
-                stop = start + projection.out_features
+                stop = start + member.rows
                 part, start = emit.call(aten.slice.Tensor, y, 1, start, stop), stop
-            part = emit.call(aten.reshape.default, part, list(shape_of(projection.node)))
-            projection.node.replace_all_uses_with(part)
+            part = emit.call(aten.reshape.default, part, list(shape_of(member.node)))
+            member.node.replace_all_uses_with(part)
 
 
 def use_gemv(gm: fx.GraphModule, max_tokens: int = 1) -> Replaced:
     """Replace what fits, in place."""
     groups = defaultdict(list)
     for node in gm.graph.nodes:
-        projection = as_projection(node)
-        if projection is not None and _fits(projection, max_tokens):
-            groups[_shared(projection)].append(projection)
-    emit, launches = Emitter(gm), 0
+        member = _owned(node)
+        if member is None:
+            projection = as_projection(node)
+            if projection is None or not _fits(projection, max_tokens):
+                continue
+            member = _Member(node, projection.input, projection.weight, projection.bias)
+        groups[_shared(member)].append(member)
+    emit, count, launches = Emitter(gm), 0, 0
     for group in groups.values():
-        for start in range(0, len(group), MOST):
-            _as_one(emit, group[start : start + MOST])
+        for launch in _launches(group):
+            _as_one(emit, launch)
+            count += sum(member.owned is None for member in launch)
             launches += 1
     if launches:
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
-    return Replaced(sum(map(len, groups.values())), launches)
+    return Replaced(count, launches)

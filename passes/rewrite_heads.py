@@ -2,11 +2,11 @@
 
     q = linear(x, Wq); y = attention(rope(q), k, v); o = linear(merge_heads(y), Wo)
         ->
-    keep = score(source) > 0                                        where the source is made, a layer earlier
-    q = head_rows(x, Wq, owner, keep); y = decode_attention(rope(q), k, v, keep)
-    o = head_sum(merge_heads(y), Wo.T, keep).sum(0)
+    score = linear(source, Ws, bs)                                  where the source is made, a layer earlier
+    q = gemv(x, [Wq], [bq], "identity", owner, score); y = decode_attention(rope(q), k, v, score)
+    o = head_sum(merge_heads(y), Wo.T, score).sum(0)
 
-Each token has its own selection. Heads keep their places, so the ops in between stay as they are: what they
+Each token has its own selection: the heads whose score isn't at most zero. Heads keep their places, so the ops in between stay as they are: what they
 compute for other heads is read by nothing. Keys and values that a cache needs are computed for every head.
 Attention spelled out op by op (scores, softmax, values) runs for all heads, between sparse projections.
 """
@@ -95,20 +95,16 @@ def _tokens_by(emit: Emitter, value: fx.Node, width: int) -> fx.Node:
     return emit.call(aten.reshape.default, value, [-1, width])
 
 
-def _dropped(emit: Emitter, decision: Decision, tag: str) -> fx.Node:
-    """[tokens, heads] bool: True where the score isn't above zero (a NaN score keeps its head)."""
+def _score(emit: Emitter, decision: Decision, tag: str) -> fx.Node:
+    """[tokens, heads], in the model's dtype."""
     predictor = decision.predictor
-    down = emit.buffer(f"dejavu_{tag}_down", predictor.down)
-    up = emit.buffer(f"dejavu_{tag}_up", predictor.up)
-    bias = emit.buffer(f"dejavu_{tag}_bias", predictor.bias)
-    source = _tokens_by(emit, decision.source, shape_of(down)[1])
-    inner = emit.call(aten.linear.default, source, down)
-    score = emit.call(aten.linear.default, inner, up)
-    score = emit.call(aten.add.Tensor, emit.call(aten.to.dtype, score, torch.float32), bias)
-    return emit.call(aten.le.Scalar, score, 0.0)
+    weight = emit.buffer(f"dejavu_{tag}_up", predictor.up)
+    bias = emit.buffer(f"dejavu_{tag}_bias", predictor.bias.to(predictor.up.dtype))
+    score = emit.call(aten.linear.default, decision.source, weight, bias)
+    return _tokens_by(emit, score, decision.site.units)
 
 
-def _rows(emit: Emitter, owned: OwnedRows, keep: fx.Node, name: str) -> None:
+def _rows(emit: Emitter, owned: OwnedRows, score: fx.Node, name: str) -> None:
     """Replace a projection by one that skips the rows of heads that no token runs."""
     projection = owned.projection
     device = projection.weight.meta["val"].device
@@ -117,17 +113,17 @@ def _rows(emit: Emitter, owned: OwnedRows, keep: fx.Node, name: str) -> None:
     if projection.contracted == 0:
         weight = emit.call(aten.t.default, weight)
     source = _tokens_by(emit, projection.input, projection.in_features)
-    y = emit.call(ops.head_rows.default, source, weight, projection.bias, owner, keep)
+    y = emit.call(ops.gemv.default, source, [weight], [projection.bias], "identity", owner, score)
     shape = list(shape_of(projection.node))
     emit.replace(projection.node, emit.call(aten.reshape.default, y, shape))
 
 
-def _output(emit: Emitter, output: Projection, keep: fx.Node) -> None:
+def _output(emit: Emitter, output: Projection, score: fx.Node) -> None:
     weight = output.weight
     if output.contracted == 1:
         weight = emit.call(aten.t.default, weight)
     hidden = _tokens_by(emit, output.input, output.in_features)
-    partials = emit.call(ops.head_sum.default, hidden, weight, keep)
+    partials = emit.call(ops.head_sum.default, hidden, weight, score)
     result = emit.call(aten.sum.dim_IntList, partials, [0])
     if output.bias is not None:
         result = emit.call(aten.add.Tensor, result, output.bias)
@@ -156,23 +152,22 @@ def rewrite_heads(emit: Emitter, decision: Decision, tag: str) -> None:
     """Carry out a decision about an attention site."""
     site = decision.site
     with emit.before(decision.source.next):
-        dropped = _dropped(emit, decision, tag)
-        keep = emit.call(aten.logical_not.default, dropped)
+        score = _score(emit, decision, tag)
     if decision.execution is Execution.MASKED:
         with emit.before(site.output.node):
-            _masked(emit, decision, dropped)
+            _masked(emit, decision, emit.call(aten.le.Scalar, score, 0.0))
         return
     for i, owned in enumerate(o for o in site.owned if o.per_unit):
         with emit.before(owned.projection.node):
-            _rows(emit, owned, keep, f"dejavu_{tag}_owner{i}")
+            _rows(emit, owned, score, f"dejavu_{tag}_owner{i}")
     for core in site.cores:
         attention = as_decode_attention(core)
         if attention is not None and shape_of(attention.q)[1] == site.units:
             with emit.before(core):
                 y = emit.call(
                     ops.decode_attention.default,
-                    attention.q, attention.k, attention.v, attention.mask, attention.scale, keep,
+                    attention.q, attention.k, attention.v, attention.mask, attention.scale, score,
                 )  # fmt: skip
             emit.replace(core, y)
     with emit.before(site.output.node):
-        _output(emit, site.output, keep)
+        _output(emit, site.output, score)

@@ -224,18 +224,25 @@ class Found:
 class PredictorWeights:
     """score = up @ (down @ source) + bias; a unit is selected where the score is above zero.
 
-    down [rank, source width] and up [units, rank] in the model's dtype; bias [units] fp32, with the
-    calibrated threshold already subtracted. (Deja Vu, section 4.1; the bias is ours)
+    down [rank, source width] and up [units, rank] in the model's dtype, or int8; bias [units] fp32, with
+    the calibrated threshold already subtracted. Of heads there are so few that the rank is full: `down` is
+    None, and up [units, source width]. (Deja Vu, section 4.1; the bias is ours)
     """
 
-    down: torch.Tensor
+    down: torch.Tensor | None
     up: torch.Tensor
     bias: torch.Tensor
 
     @property
     def num_bytes(self) -> int:
         """Bytes that one evaluation reads."""
-        return sum(t.numel() * t.element_size() for t in (self.down, self.up, self.bias))
+        parts = (t for t in (self.down, self.up, self.bias) if t is not None)
+        return sum(t.numel() * t.element_size() for t in parts)
+
+    @property
+    def source_width(self) -> int:
+        """Elements of the source, per token."""
+        return (self.up if self.down is None else self.down).shape[1]
 
 
 @dataclass(frozen=True, slots=True)

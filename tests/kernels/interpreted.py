@@ -17,11 +17,12 @@ from dejavu_compile.kernels import (
     gathered_glu_reference,
     gathered_rows_reference,
     gathered_sum_reference,
-    head_rows_reference,
+    gemv_reference,
     head_sum_reference,
     select_reference,
 )
 from dejavu_compile.kernels._triton import empty
+from dejavu_compile.kernels.gemv import running, running_rows
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -256,15 +257,15 @@ def test_strided_bias():
 @SIZES
 def test_gemv(n, d, m, dtype):
     x = randn(m, d, dtype=dtype)
-    sizes = (n, n // 2 + 1, 3)
+    sizes = (n, n // 2 + 1, 3, 5)
     weights = [randn(size, d, dtype=dtype) for size in sizes]
     biases = [randn(size, dtype=dtype) for size in sizes]
-    for k in (1, 2, 3):
-        for with_bias in ([], biases[:k]):
-            got = GEMV.launch_gemv(GEMV._gemv_kernel, x, weights[:k], with_bias, "relu")
+    for k in (1, 2, 3, 4):
+        for absent in ((), (0,), (0, 1, 2, 3)):
+            used = [None if i in absent else b for i, b in enumerate(biases[:k])]
+            got = GEMV.launch_gemv(GEMV._gemv_kernel, x, weights[:k], used, "relu")
             exact = F.linear(x.double(), torch.cat(weights[:k]).double())
-            if with_bias:
-                exact += torch.cat(with_bias).double()
+            exact += torch.cat([b.double() * (i not in absent) for i, b in enumerate(biases[:k])])
             assert_close(got, F.relu(exact), dtype)
 
 
@@ -308,30 +309,32 @@ def test_same_input_gives_the_same_bits():
     assert torch.equal(one, two)
 
 
-def kept(m, heads, share):
-    """Which heads run, another set for each token."""
+def scores(m, heads, share):
+    """Scores of heads, another set running for each token. A NaN runs."""
     keep = torch.arange(m)[:, None] % 2 == torch.arange(heads) % 2
     keep = {"none": keep & False, "some": keep, "all": keep | True}[share]
-    return keep.to(DEVICE)
+    return torch.where(keep, 0.3, 0.0).to(DEVICE)
 
 
 @DTYPES
 @TOKENS
 @pytest.mark.parametrize("share", ["none", "some", "all"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("d", [63] if INTERPRETED else [63, 2048, 4100])
-def test_head_rows(dtype, m, share, bias, d):
+@pytest.mark.parametrize("d", [63] if INTERPRETED else [63, 2048, 4100, 9216])
+def test_gemv_skips_rows_of_heads_that_do_not_run(dtype, m, share, bias, d):
     """Heads of 4 rows, with rows of no head between them; what doesn't run is left as it was."""
     owner = torch.tensor([0, -1, 1, -1, 2, 3], dtype=torch.int32, device=DEVICE)
-    keep, n = kept(m, 4, share), 24
-    x, weight = randn(m, d, dtype=dtype), randn(n, d, dtype=dtype)
-    bias = randn(n, dtype=dtype) if bias else None
-    runs = torch.cat([keep.any(0), keep.new_ones(1)])[owner.long()].repeat_interleave(4)
-    exact = head_rows_reference(
-        x.float(), weight.float(), None if bias is None else bias.float(), owner, keep
+    score, n = scores(m, 4, share), 24
+    x, weight, other = randn(m, d, dtype=dtype), randn(n, d, dtype=dtype), randn(7, d, dtype=dtype)
+    biases = [randn(n, dtype=dtype) if bias else None, None if bias else randn(7, dtype=dtype)]
+    wide = [None if b is None else b.float() for b in biases]
+    exact = gemv_reference(
+        x.float(), [weight.float(), other.float()], wide, "identity", owner, score
     )
+    runs = running_rows(weight, owner, score)
     weight = weight.masked_fill(~runs[:, None], float("nan"))
-    got = HEADS.launch_head_rows(HEADS._head_rows_kernel, x, weight, bias, owner, keep)
+    got = GEMV.launch_gemv(GEMV._gemv_kernel, x, [weight, other], biases, "identity", owner, score)
+    runs = torch.cat([runs, runs.new_ones(7)])
     assert got[:, ~runs].isnan().all()
     assert_close(got[:, runs], exact[:, runs], dtype)
 
@@ -343,12 +346,12 @@ def test_head_rows(dtype, m, share, bias, d):
     ("heads", "width", "d"), [(4, 12, 70)] if INTERPRETED else [(4, 12, 70), (72, 128, 4100)]
 )
 def test_head_sum(dtype, m, share, heads, width, d):
-    keep = kept(m, heads, share)
-    every = keep.repeat_interleave(width, dim=1)
+    score = scores(m, heads, share)
+    every = running(score).repeat_interleave(width, dim=1)
     hidden, weight = randn(m, heads * width, dtype=dtype), randn(heads * width, d, dtype=dtype)
-    exact = head_sum_reference(hidden.float(), weight.float(), keep).sum(0)
+    exact = head_sum_reference(hidden.float(), weight.float(), score).sum(0)
     hidden = hidden.masked_fill(~every, float("nan"))
-    got = HEADS.launch_head_sum(HEADS._head_sum_kernel, hidden, weight, keep).sum(0)
+    got = HEADS.launch_head_sum(HEADS._head_sum_kernel, hidden, weight, score).sum(0)
     assert_close(got, exact, torch.float32)
 
 
@@ -363,7 +366,10 @@ MASKS = {
 }
 
 
-@DTYPES
+# The interpreter's matrix products take bfloat16 for integers
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+)
 @pytest.mark.parametrize("share", ["none", "some", "all", "dense"])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(
@@ -379,10 +385,10 @@ def test_decode_attention(dtype, share, mask, heads, kv_heads, slots, d, splits)
     mask = MASKS[mask](batch, heads, slots)
     if mask is not None:
         mask = mask.to(DEVICE) if mask.dtype is torch.bool else mask.to(DEVICE, dtype)
-    keep = None if share == "dense" else kept(batch, heads, share)
-    exact = attention_reference(q.float(), k.float(), v.float(), mask, 0.3, keep)
-    if keep is not None:
-        q = q.masked_fill(~keep[:, :, None, None], float("nan"))
+    score = None if share == "dense" else scores(batch, heads, share)
+    exact = attention_reference(q.float(), k.float(), v.float(), mask, 0.3, score)
+    if score is not None:
+        q = q.masked_fill(~running(score)[:, :, None, None], float("nan"))
     kernels = (ATTENTION._attention_kernel, ATTENTION._combine_kernel)
-    got = ATTENTION.launch_attention(kernels, q, k, v, mask, 0.3, keep, splits)
+    got = ATTENTION.launch_attention(kernels, q, k, v, mask, 0.3, score, splits)
     assert_close(got, exact, dtype)

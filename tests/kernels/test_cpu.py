@@ -92,20 +92,23 @@ def test_gemv_equals_float64(dtype, m, count, with_bias):
     if with_bias:
         exact, low = exact + torch.cat(biases).double(), low + torch.cat(biases)
     for form in (kernels.gemv, kernels.gemv_reference):
-        models.assert_as_exact_as(low, form(x, weights, biases, "identity"), exact)
-        relu = form(x, weights, biases, "relu")
+        given = biases or [None] * count
+        models.assert_as_exact_as(low, form(x, weights, given, "identity"), exact)
+        relu = form(x, weights, given, "relu")
         models.assert_as_exact_as(low.relu(), relu, exact.relu(), among=exact)
 
 
 def test_gemv_opcheck():
     x, weight = torch.randn(2, 63), torch.randn(50, 63)
-    for arguments in (([weight], []), ([weight, weight[:7]], [torch.randn(50), torch.randn(7)])):
+    for arguments in (([weight], [None]), ([weight, weight[:7]], [torch.randn(50), torch.randn(7)])):
         torch.library.opcheck(torch.ops.dejavu.gemv.default, (x, *arguments, "relu2"))
 
 
 def test_gemv_without_a_compiler(no_compiler):
     x, weight = torch.randn(2, 63), torch.randn(50, 63)
-    models.assert_near(kernels.gemv(x, [weight], [], "identity"), (x @ weight.T).double(), 1e-5)
+    models.assert_near(
+        kernels.gemv(x, [weight], [None], "identity"), (x @ weight.T).double(), 1e-5
+    )
 
 
 def test_threads_change_no_bit():

@@ -117,7 +117,7 @@ def chain(source, down, up, bias, gate, weight, out):
     ops = torch.ops.dejavu
     index, count = ops.select(source, down, up, bias)
     hidden = ops.gathered_glu(source, gate, None, weight, None, index, count, "silu")
-    dense = ops.gemv(source, [out], [], "identity")
+    dense = ops.gemv(source, [out], [None], "identity")
     return (
         ops.gathered_sum(hidden, out, index, count, True).sum(0) + torch.relu(source) + dense.sum()
     )
@@ -125,7 +125,7 @@ def chain(source, down, up, bias, gate, weight, out):
 
 def exact_chain(source, weight, out):
     ops = torch.ops.dejavu
-    hidden = ops.gemv(source, [weight], [], "relu")
+    hidden = ops.gemv(source, [weight], [None], "relu")
     index, count = ops.compact(hidden, 0.0)
     return ops.gathered_sum(hidden, out, index, count, False).sum(0) + source
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from dejavu_compile.kernels import (
     cpu,
-    head_rows,
-    head_rows_reference,
+    gemv,
+    gemv_reference,
     head_sum,
     head_sum_reference,
 )
@@ -27,8 +27,8 @@ OWNERS = {
 }  # fmt: skip
 
 
-def kept(m, share):
-    return torch.stack(
+def scores(m, share):
+    keep = torch.stack(
         [
             {
                 "none": torch.zeros(HEADS, dtype=torch.bool),
@@ -39,27 +39,33 @@ def kept(m, share):
             for t in range(m)
         ]
     )
+    return torch.where(keep, 0.1, 0.0)
 
 
-@pytest.mark.parametrize("form", [head_rows, head_rows_reference])
+@pytest.mark.parametrize("form", [gemv, gemv_reference])
 @DTYPES
 @TOKENS
 @SHARES
 @pytest.mark.parametrize("owners", OWNERS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_rows_equal_float64(form, dtype, m, share, owners, bias):
-    owner, keep, block = OWNERS[owners].int(), kept(m, share), 8
+    """Some rows of the first weight are skipped, none of the second."""
+    owner, score, block = OWNERS[owners].int(), scores(m, share), 8
     n, d = block * len(owner), 40
-    x, weight = torch.randn(m, d).to(dtype), torch.randn(n, d).to(dtype)
+    x, weight, other = (torch.randn(k, d).to(dtype) for k in (m, n, 5))
     bias = torch.randn(n).to(dtype) if bias else None
-    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    plain = F.linear(x, weight, bias)
-    runs = torch.cat([keep.any(0), torch.ones(1, dtype=torch.bool)])[owner.long()]
+    wide = None if bias is None else bias.double()
+    exact = torch.cat(
+        [F.linear(x.double(), weight.double(), wide), x.double() @ other.double().T], 1
+    )
+    plain = torch.cat([F.linear(x, weight, bias), x @ other.T], 1)
+    runs = torch.cat([(score > 0).any(0), torch.ones(1, dtype=torch.bool)])[owner.long()]
     runs = runs.repeat_interleave(block)
     weight = weight.masked_fill(~runs[:, None], float("nan"))
-    got = form(x, weight, bias, owner, keep)
+    got = form(x, [weight, other], [bias, None], "identity", owner, score)
     assert got.dtype is dtype
-    assert got.shape == (m, n)
+    assert got.shape == (m, n + 5)
+    runs = torch.cat([runs, torch.ones(5, dtype=torch.bool)])
     plain, got, exact = (y.masked_fill(~runs, 0.0) for y in (plain, got, exact))
     models.assert_as_exact_as(plain, got, exact)
 
@@ -70,31 +76,42 @@ def test_rows_equal_float64(form, dtype, m, share, owners, bias):
 @SHARES
 @pytest.mark.parametrize("width", [8, 5])
 def test_sums_equal_float64(form, dtype, m, share, width):
-    keep, d = kept(m, share), 37
-    every = keep.repeat_interleave(width, dim=1)
+    score, d = scores(m, share), 37
+    every = (score > 0).repeat_interleave(width, dim=1)
     hidden = torch.randn(m, HEADS * width).to(dtype)
     weight = torch.randn(HEADS * width, d).to(dtype)
     exact = (hidden.double() * every) @ weight.double()
     plain = (hidden * every) @ weight
-    got = form(hidden.masked_fill(~every, float("nan")), weight, keep)
+    got = form(hidden.masked_fill(~every, float("nan")), weight, score)
     assert got.dtype is torch.float32
     models.assert_as_exact_as(plain, got.sum(0), exact)
 
 
+@pytest.mark.parametrize("form", [head_sum, head_sum_reference])
+def test_score_that_is_nan_keeps_its_head(form):
+    hidden, weight = torch.randn(1, HEADS * 8), torch.randn(HEADS * 8, 37)
+    want = hidden.double() @ weight.double()
+    got = form(hidden, weight, torch.full((1, HEADS), float("nan")))
+    models.assert_near(got.sum(0), want, 1e-5)
+
+
 def test_without_a_compiler(monkeypatch):
-    arguments = (torch.randn(2, 40), torch.randn(48, 40), torch.randn(48))
-    more = (OWNERS["query"].int(), kept(2, "some"))
-    hidden, weight = torch.randn(2, 48), torch.randn(48, 40)
-    want = head_rows(*arguments, *more), head_sum(hidden, weight, more[1])
+    x, weight, bias = torch.randn(2, 40), torch.randn(48, 40), torch.randn(48)
+    rows = (x, [weight], [bias], "relu", OWNERS["query"].int(), scores(2, "some"))
+    sums = torch.randn(2, 48), torch.randn(48, 40), scores(2, "some")
+    runs = (rows[-1] > 0).any(0).repeat_interleave(8)
+    want = gemv(*rows)[:, runs], head_sum(*sums)
     monkeypatch.setattr(cpu, "function", lambda op, dtype: None)
-    models.assert_near(head_rows(*arguments, *more), want[0].double(), 1e-5)
-    models.assert_near(head_sum(hidden, weight, more[1]), want[1].double(), 1e-5)
+    models.assert_near(gemv(*rows)[:, runs], want[0].double(), 1e-5)
+    models.assert_near(head_sum(*sums), want[1].double(), 1e-5)
 
 
 def test_opcheck():
-    keep = kept(2, "some")
-    rows = (torch.randn(2, 40), torch.randn(48, 40), None, OWNERS["query"].int(), keep)
-    torch.library.opcheck(torch.ops.dejavu.head_rows.default, rows)
+    score, x = scores(2, "some"), torch.randn(2, 40)
+    # Whatever a head that doesn't run leaves there differs from run to run: let all run.
+    every = torch.ones_like(score)
+    rows = (x, [torch.randn(48, 40)], [None], "identity", OWNERS["query"].int(), every)
+    torch.library.opcheck(torch.ops.dejavu.gemv.default, rows)
     torch.library.opcheck(
-        torch.ops.dejavu.head_sum.default, (torch.randn(2, 48), torch.randn(48, 40), keep)
+        torch.ops.dejavu.head_sum.default, (torch.randn(2, 48), torch.randn(48, 40), score)
     )

@@ -33,7 +33,7 @@ def run(model, x, **kwargs):
 
 @pytest.mark.parametrize(
     ("biases", "launches"),
-    [((True,) * 3, 2), ((True,) * 4, 3), ((True, False, True), 3), ((False,) * 2, 2)],
+    [((True,) * 3, 2), ((True,) * 5, 3), ((True, False, True), 2), ((False,) * 2, 2)],
 )
 def test_projections_of_one_input_share_a_launch(biases, launches):
     model, x = Projections(biases), models.tokens(count=1, width=32)

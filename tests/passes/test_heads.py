@@ -7,6 +7,7 @@ from torch import fx
 from transformers import DynamicCache, StaticCache
 
 from dejavu_compile.passes.find_sites import find_sites
+from dejavu_compile.passes.gemv import use_gemv
 from dejavu_compile.passes.normalize import normalize
 from dejavu_compile.passes.rewrite import rewrite
 from dejavu_compile.passes.site import (
@@ -17,22 +18,22 @@ from dejavu_compile.passes.site import (
     SiteKind,
 )
 
+ops = torch.ops.dejavu
 STEPS = 64
 PROMPT = 9
-KEEP = torch.ops.aten.logical_not.default
 
 
 class Recorder(fx.Interpreter):
     """Runs a rewritten graph and keeps each site's selection, in graph order."""
 
-    def __init__(self, gm, keeps):
+    def __init__(self, gm, scores):
         super().__init__(gm)
-        self.keeps, self.seen = keeps, []
+        self.scores, self.seen = scores, []
 
     def run_node(self, node):
         value = super().run_node(node)
-        if node in self.keeps:
-            self.seen.append((self.keeps[node], value.clone()))
+        if node in self.scores:
+            self.seen.append((self.scores[node], value > 0))
         return value
 
 
@@ -49,16 +50,18 @@ class SelectingHeads:
         for number, (source, site) in enumerate(zip(self.sites, self.sites[1:], strict=False)):
             generator = torch.Generator().manual_seed(number)
             width = source.input.meta["val"].shape[-1]
-            down = torch.randn(site.units, width, generator=generator)
-            predictor = PredictorWeights(down, torch.eye(site.units), torch.zeros(site.units))
+            up = torch.randn(site.units, width, generator=generator)
+            predictor = PredictorWeights(None, up, torch.zeros(site.units))
             decisions.append(
                 Decision(site, Policy.PREDICT, self.execution, source.input, predictor)
             )
         rewrite(gm, tuple(decisions))
         names = [d.site.name for d in decisions]
-        nodes = gm.graph.find_nodes(op="call_function", target=KEEP)
-        owned = [n for n in nodes if any("head" in str(u.target) for u in n.users)]
-        self.recorder = Recorder(gm, dict(zip(owned, names, strict=False)))
+        use_gemv(gm, max_tokens=3)
+        sums = gm.graph.find_nodes(op="call_function", target=ops.head_sum.default)
+        self.recorder = Recorder(
+            gm, {n.args[2]: name for n, name in zip(sums, names, strict=False)}
+        )
         self.targets = [str(n.target) for n in gm.graph.nodes]
         return lambda *args: self.recorder.run(*args)
 
@@ -120,5 +123,7 @@ def test_decode_equals_eager_with_other_heads_zeroed(name, batch, kind):
             assert (got - want).abs().max() <= 1e-5 * want.abs().max(), f"step {step}"
     assert 0.2 < torch.stack(fractions).mean() < 0.8
     # OLMo-2 normalises all heads' queries together: every query needs every row.
-    assert backend.targets.count("dejavu.head_rows.default") == (0 if name == "olmo2" else 1)
+    owned = [n for n in backend.recorder.module.graph.nodes if n.target is ops.gemv.default
+             and len(n.args) > 4]  # fmt: skip
+    assert len(owned) == (0 if name == "olmo2" else 1)
     assert backend.targets.count("dejavu.head_sum.default") == 1
