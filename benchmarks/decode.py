@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 VARIANTS: dict[str, dict[str, Any]] = {
     "inline": {"dejavu.issue": "inline"},
     "side_stream": {"dejavu.issue": "side_stream"},
+    "combo": {"combo_kernels": True},
     "no_gemv": {"dejavu.gemv": False},
     "auto": {},
     "lossless": {},

@@ -44,5 +44,44 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@jit
+def is_last(arrived_ptr, programs):
+    """Whether this is the last of `programs` programs to get here; it leaves the counter at zero.
+
+    What the others stored before is visible then, to loads that pass by the L1 cache (".cg").
+    """
+    tl.debug_barrier()  # the stores of all warps come before the one atomic
+    last = tl.atomic_add(arrived_ptr, 1, sem="acq_rel", scope="gpu") == programs - 1
+    if last:
+        tl.store(arrived_ptr, 0)
+    return last
+
+
+@jit
+def add_up(
+    part_ptr, out_ptr, column, splits, tokens, d, TILE: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """out[t, column] = sum over s of part[s, t, column], always in the same order."""
+    s = tl.arange(0, TILE)
+    for token in range(tokens):
+        total = tl.zeros([TILE, BLOCK_D], dtype=tl.float32)
+        for start in range(0, splits, TILE):
+            row = ((start + s) * tokens + token).to(tl.int64) * d
+            total += tl.load(
+                part_ptr + row[:, None] + column[None, :],
+                mask=((start + s) < splits)[:, None] & (column < d)[None, :],
+                other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+        tl.store(out_ptr + token * d + column, tl.sum(total, axis=0), mask=column < d)
+
+
+def check_arrived(arrived: torch.Tensor, needed: int) -> None:
+    """Raise ValueError unless there are counters enough, one for each sum that programs share."""
+    if arrived.numel() < needed or arrived.dtype is not torch.int32:
+        raise ValueError(
+            f"{needed} int32 zeros are needed to count arrivals: found {arrived.numel()} of {arrived.dtype}"
+        )
+
+
 # Multiprocessors to spread work over: an H100 or H200 has 132, an A100 108. Grids are a multiple of it.
 PROCESSORS = 132

@@ -13,7 +13,17 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
+from ._triton import (
+    PROCESSORS,
+    cdiv,
+    check_arrived,
+    empty,
+    is_last,
+    jit,
+    power_of_2,
+    tl,
+    wrap_triton,
+)
 from .gemv import running
 
 NEGATIVE = float("-inf")
@@ -43,20 +53,28 @@ def attention_reference(
 
 @jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, score_ptr, part_ptr, stats_ptr, scale,
+    q_ptr, k_ptr, v_ptr, mask_ptr, score_ptr, part_ptr, stats_ptr, arrived_ptr, out_ptr, scale,
     kv_heads, slots, per_split,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_h, mask_s,
     D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, SELECT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * kv_heads, splits): the GROUP heads that share keys are rows of one product.
 
-    MASK: 0 none, 1 boolean, 2 added. A group of which no head runs ends at once.
+    MASK: 0 none, 1 boolean, 2 added. A group of which no head runs ends at once. Of the others the last split
+    to finish joins what all of them left. SPLITS is a power of two, at least the number of splits.
     """
-    at, split = tl.program_id(0), tl.program_id(1)
+    at, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     b, g = at // kv_heads, at % kv_heads
     row = tl.arange(0, ROWS)
     head = g * GROUP + row
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    # Asked for beside the score: one latency less. Heads that don't run may hold anything, and are dropped below.
+    q = tl.load(
+        q_ptr + b * q_b + head[:, None] * q_h + d[None, :],
+        mask=(row < GROUP)[:, None] & (d[None, :] < D), other=0.0,
+    )  # fmt: skip
     runs = row < GROUP
     if SELECT:
         score = tl.load(score_ptr + at * GROUP + row, mask=runs, other=-1.0).to(tl.float32)
@@ -64,12 +82,6 @@ def _attention_kernel(
     if tl.max(runs.to(tl.int32), axis=0) != 0:
         # Python floats arrive as fp64 from Inductor
         factor = tl.full([1], scale, tl.float32)
-        d = tl.arange(0, BLOCK_D)
-        e = tl.arange(0, BLOCK_E)
-        q = tl.load(
-            q_ptr + b * q_b + head[:, None] * q_h + d[None, :],
-            mask=runs[:, None] & (d[None, :] < D), other=0.0,
-        )  # fmt: skip
         k_ptr += b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
         v_ptr += b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
         largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -95,6 +107,11 @@ def _attention_kernel(
                 k_ptr + slot[None, :] * k_s + d[:, None],
                 mask=live[None, :] & (d[:, None] < D), other=0.0,
             )  # fmt: skip
+            # [BLOCK_S, BLOCK_E]
+            v = tl.load(
+                v_ptr + slot[:, None] * v_s + e[None, :],
+                mask=live[:, None] & (e[None, :] < E), other=0.0,
+            )  # fmt: skip
             s = tl.dot(q, k, input_precision="ieee") * factor + added
             s = tl.where(allowed, s, float("-inf"))
             higher = tl.maximum(largest, tl.max(s, axis=1))
@@ -102,50 +119,52 @@ def _attention_kernel(
             anchor = tl.where(higher == float("-inf"), 0.0, higher)
             weight = tl.exp(s - anchor[:, None])
             shrunk = tl.exp(largest - anchor)
-            # [BLOCK_S, BLOCK_E]
-            v = tl.load(
-                v_ptr + slot[:, None] * v_s + e[None, :],
-                mask=live[:, None] & (e[None, :] < E), other=0.0,
-            )  # fmt: skip
             y = y * shrunk[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
             total = total * shrunk + tl.sum(weight, axis=1)
             largest = higher
-        place = (at * GROUP + row).to(tl.int64) * tl.num_programs(1) + split
+        place = (at * GROUP + row).to(tl.int64) * splits + split
         tl.store(
             part_ptr + place[:, None] * E + e[None, :], y, mask=runs[:, None] & (e[None, :] < E)
         )
         tl.store(stats_ptr + 2 * place, largest, mask=runs)
         tl.store(stats_ptr + 2 * place + 1, total, mask=runs)
+        if is_last(arrived_ptr + at, splits):
+            for r in range(GROUP):
+                _join(
+                    at * GROUP + r, part_ptr, stats_ptr, score_ptr, out_ptr, splits,
+                    E, SELECT, SPLITS, BLOCK_E,
+                )  # fmt: skip
+    elif split == 0:
+        zero = tl.zeros([ROWS, BLOCK_E], dtype=out_ptr.dtype.element_ty)
+        out = out_ptr + (at * GROUP + row)[:, None] * E + e[None, :]
+        tl.store(out, zero, mask=(row < GROUP)[:, None] & (e[None, :] < E))
 
 
 @jit
-def _combine_kernel(
-    part_ptr, stats_ptr, score_ptr, out_ptr, splits,
+def _join(
+    at, part_ptr, stats_ptr, score_ptr, out_ptr, splits,
     E: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * heads,). Join the splits of one head; zero for one that doesn't run."""
-    at = tl.program_id(0)
+    """One head from what its splits left; zero for one that doesn't run."""
     e = tl.arange(0, BLOCK_E)
-    runs = True
+    s = tl.arange(0, SPLITS)
+    mine = s < splits
     if SELECT:
-        score = tl.load(score_ptr + at).to(tl.float32)
-        runs = (score > 0) | (score != score)
-    y = tl.zeros([BLOCK_E], dtype=tl.float32)
-    if runs:
-        s = tl.arange(0, SPLITS)
-        place = at * splits + s
-        largest = tl.load(stats_ptr + 2 * place, mask=s < splits, other=float("-inf"))
-        total = tl.load(stats_ptr + 2 * place + 1, mask=s < splits, other=0.0)
-        highest = tl.max(largest, axis=0)
-        anchor = tl.where(highest == float("-inf"), 0.0, highest)
-        weight = tl.exp(largest - anchor)
-        # [SPLITS, BLOCK_E]
-        part = tl.load(
-            part_ptr + place.to(tl.int64)[:, None] * E + e[None, :],
-            mask=(s < splits)[:, None] & (e < E)[None, :], other=0.0,
-        )  # fmt: skip
-        whole = tl.sum(weight * total, axis=0)
-        y = tl.sum(weight[:, None] * part, axis=0) / tl.where(whole == 0.0, 1.0, whole)
+        score = tl.load(score_ptr + at + 0 * s).to(tl.float32)
+        mine = mine & ((score > 0) | (score != score))
+    place = at * splits + s
+    largest = tl.load(stats_ptr + 2 * place, mask=mine, other=float("-inf"), cache_modifier=".cg")
+    total = tl.load(stats_ptr + 2 * place + 1, mask=mine, other=0.0, cache_modifier=".cg")
+    highest = tl.max(largest, axis=0)
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+    weight = tl.exp(largest - anchor)
+    # [SPLITS, BLOCK_E]
+    part = tl.load(
+        part_ptr + place.to(tl.int64)[:, None] * E + e[None, :],
+        mask=mine[:, None] & (e < E)[None, :], other=0.0, cache_modifier=".cg",
+    )  # fmt: skip
+    whole = tl.sum(weight * total, axis=0)
+    y = tl.sum(weight[:, None] * part, axis=0) / tl.where(whole == 0.0, 1.0, whole)
     tl.store(out_ptr + at * E + e, y.to(out_ptr.dtype.element_ty), mask=e < E)
 
 
@@ -153,20 +172,28 @@ BLOCK_S = 64
 LEAST = 16  # rows and columns of a matrix product
 
 
-def attention_splits(groups: int, slots: int) -> int:
-    """Enough programs to fill the chip, none shorter than a block."""
-    return max(1, min(cdiv(8 * PROCESSORS, groups), cdiv(slots, BLOCK_S), 64))
+def attention_config(groups: int, slots: int) -> dict[str, int]:
+    """Four programs a multiprocessor, each of two blocks at least where that leaves one a multiprocessor."""
+    blocks = cdiv(slots, BLOCK_S)
+    wanted = min(cdiv(4 * PROCESSORS, groups), 64)
+    splits = max(1, min(wanted, blocks if groups * blocks < 2 * PROCESSORS else cdiv(blocks, 2)))
+    per_split = cdiv(blocks, splits)
+    return {
+        "splits": cdiv(blocks, per_split), "per_split": per_split * BLOCK_S, "BLOCK_S": BLOCK_S,
+        "num_warps": 4, "num_stages": 2 if per_split > 1 else 1,
+    }  # fmt: skip
 
 
 def launch_attention(
-    kernels, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
-    score: Tensor | None, splits: int | None = None,
+    kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+    score: Tensor | None, arrived: Tensor, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
-    """`kernels`: (`_attention_kernel`, `_combine_kernel`), wrapped or not."""
+    """Launch `_attention_kernel`, wrapped or not."""
     (batch, heads, _, d), (kv_heads, slots, e) = q.shape, v.shape[1:]
-    group = heads // kv_heads
-    splits = splits or attention_splits(batch * kv_heads, slots)
-    per_split = cdiv(cdiv(slots, splits), BLOCK_S) * BLOCK_S
+    groups = batch * kv_heads
+    config = dict(config or attention_config(groups, slots))
+    splits, per_split = config.pop("splits"), config.pop("per_split")
+    check_arrived(arrived, groups)
     part = empty(batch * heads * splits, e, like=q, dtype=torch.float32)
     stats = empty(batch * heads * splits, 2, like=q, dtype=torch.float32)
     out = empty(batch, heads, 1, e, like=q)
@@ -177,17 +204,14 @@ def launch_attention(
         mask_strides = mask.stride(0), mask.stride(1), mask.stride(3)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     score = None if score is None else score.contiguous()
-    kernels[0][(batch * kv_heads, splits)](
-        q, k, v, q if mask is None else mask, q if score is None else score, part, stats, scale,
+    group = heads // kv_heads
+    kernel[(groups, splits)](
+        q, k, v, q if mask is None else mask, q if score is None else score, part, stats, arrived, out, scale,
         kv_heads, slots, per_split, q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *mask_strides,
-        D=d, E=e, GROUP=group, MASK=kind, SELECT=score is not None, ROWS=max(LEAST, power_of_2(group)),
-        BLOCK_S=BLOCK_S, BLOCK_D=max(LEAST, power_of_2(d)), BLOCK_E=max(LEAST, power_of_2(e)),
-        num_warps=4, num_stages=3,
-    )  # fmt: skip
-    kernels[1][(batch * heads,)](
-        part, stats, q if score is None else score, out, splits, E=e, SELECT=score is not None,
-        SPLITS=power_of_2(splits), BLOCK_E=power_of_2(e), num_warps=4,
+        D=d, E=e, GROUP=group, MASK=kind, SELECT=score is not None,
+        ROWS=max(LEAST, power_of_2(group)), SPLITS=power_of_2(splits),
+        BLOCK_D=max(LEAST, power_of_2(d)), BLOCK_E=max(LEAST, power_of_2(e)), **config,
     )  # fmt: skip
     return out
 
@@ -221,13 +245,14 @@ def decode_attention_cpu(
     return y.clone() if keep is None else y.masked_fill(~keep[:, :, None, None], 0.0)
 
 
-@triton_op("dejavu::decode_attention", mutates_args=())
+@triton_op("dejavu::decode_attention", mutates_args=("arrived",))
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, score: Tensor | None
-) -> Tensor:
-    """See `attention_reference`."""
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, score: Tensor | None,
+    arrived: Tensor,
+) -> Tensor:  # fmt: skip
+    """See `attention_reference`. `arrived` [b * g] int32 holds zeros before and after, on a GPU."""
     if not q.is_cuda:
         return decode_attention_cpu(q, k, v, mask, scale, score)
     check_attention(q, k, v)
-    kernels = (wrap_triton(_attention_kernel), wrap_triton(_combine_kernel))
-    return launch_attention(kernels, q, k, v, mask, scale, score)
+    kernel = wrap_triton(_attention_kernel)
+    return launch_attention(kernel, q, k, v, mask, scale, score, arrived)

@@ -108,7 +108,7 @@ def summed(
         return None
     hidden = hidden.contiguous()
     (tokens, n), d = hidden.shape, weight.shape[1]
-    out = torch.empty(1, tokens, d)
+    out = torch.empty(tokens, d)
     form(
         hidden.data_ptr(), weight.data_ptr(), index.data_ptr(), out.data_ptr(), count, tokens, n, d,
         weight.stride(0), compacted, torch.get_num_threads(),

@@ -1,9 +1,9 @@
 """Output projection of the selected units: their weight rows, weighted and summed.
 
-    partials[s, t] = sum over slots j of split s of hidden[t, j] * weight[index[j]]
+    y[t] = sum over slots j of hidden[t, j] * weight[index[j]]
 
-Summing over dim 0 finishes it. The caller does that, so that Inductor fuses it with the residual add
-and the next norm. Two stages instead of float atomics: the result is the same on every run.
+Programs share the slots, and the last one to arrive adds up what they all left, in one order: no second
+launch, and unlike with float atomics the result is the same on every run.
 """
 
 import torch
@@ -11,7 +11,18 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
+from ._triton import (
+    PROCESSORS,
+    add_up,
+    cdiv,
+    check_arrived,
+    empty,
+    is_last,
+    jit,
+    power_of_2,
+    tl,
+    wrap_triton,
+)
 from .rows import CPU_DENSE_ABOVE, check_rows
 
 
@@ -21,25 +32,29 @@ def gathered_sum_reference(
     """hidden [m, n]: by slot if `compacted`, else by unit; weight [n, d], rows contiguous.
 
     index [n] int32 and count [] int32 are a selection; nothing of a slot at or past `count` is read.
-    Returns [1, m, d] fp32.
+    Returns [m, d] fp32.
     """
     k = int(count)
     chosen = index[:k].long()
     values = hidden[:, :k] if compacted else hidden[:, chosen]
-    return (values.float() @ weight[chosen].float())[None]
+    return values.float() @ weight[chosen].float()
 
 
 @jit
 def _sum_kernel(
-    hidden_ptr, weight_ptr, index_ptr, count_ptr, out_ptr, n, d, weight_stride,
+    hidden_ptr, weight_ptr, index_ptr, count_ptr, part_ptr, arrived_ptr, out_ptr, n, d, weight_stride,
     TOKENS: tl.constexpr, COMPACTED: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks, splits). Each split takes an equal, contiguous share of the live slots."""
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.program_id(1)
+    """Grid (column blocks, splits). Each split takes an equal, contiguous share of the live slots.
+
+    The last one to finish a block of columns adds up what the others left.
+    """
+    block = tl.program_id(0)
+    column = block * BLOCK_D + tl.arange(0, BLOCK_D)
+    split, splits = tl.program_id(1), tl.num_programs(1)
     count = tl.load(count_ptr)
-    share = tl.cdiv(count, tl.num_programs(1))
+    share = tl.cdiv(count, splits)
     first = split * share
     last = tl.minimum(first + share, count)
     for token in tl.static_range(TOKENS):
@@ -55,30 +70,34 @@ def _sum_kernel(
                 mask=live[:, None] & (column[None, :] < d), other=0.0,
             ).to(tl.float32)  # fmt: skip
             total += h[:, None] * w
-        out = (split * TOKENS + token).to(tl.int64) * d + column
-        tl.store(out_ptr + out, tl.sum(total, axis=0), mask=column < d)
+        part = (split * TOKENS + token).to(tl.int64) * d + column
+        tl.store(part_ptr + part, tl.sum(total, axis=0), mask=column < d)
+    if is_last(arrived_ptr + block, splits):
+        add_up(part_ptr, out_ptr, column, splits, TOKENS, d, BLOCK_J, BLOCK_D)
 
 
 def sum_config(n: int, d: int) -> dict[str, int]:
-    """Wide columns, and four programs a multiprocessor: measured on an H200 at d 4096 to 9216."""
-    block_d = min(1024, power_of_2(d))
+    """Four programs a multiprocessor; columns so few a program that the last one has little to add up."""
+    block_d = min(256, power_of_2(d))
     splits = max(1, min(4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 64)))
-    return {"BLOCK_J": 8, "BLOCK_D": block_d, "num_warps": 4, "splits": splits}
+    return {"BLOCK_J": 16, "BLOCK_D": block_d, "num_warps": 4, "splits": splits}
 
 
 def launch_sum(
     kernel, hidden: Tensor, weight: Tensor, index: Tensor, count: Tensor, compacted: bool,
-    config: dict[str, int] | None = None,
+    arrived: Tensor, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_sum_kernel`, wrapped or not."""
     hidden = hidden.contiguous()
     check_rows(weight)
     (tokens, n), d = hidden.shape, weight.shape[1]
     config = dict(config or sum_config(n, d))
-    splits = config.pop("splits")
-    out = empty(splits, tokens, d, like=hidden, dtype=torch.float32)
-    kernel[(cdiv(d, config["BLOCK_D"]), splits)](
-        hidden, weight, index, count, out, n, d, weight.stride(0),
+    splits, blocks = config.pop("splits"), cdiv(d, config["BLOCK_D"])
+    check_arrived(arrived, blocks)
+    part = empty(splits, tokens, d, like=hidden, dtype=torch.float32)
+    out = empty(tokens, d, like=hidden, dtype=torch.float32)
+    kernel[(blocks, splits)](
+        hidden, weight, index, count, part, arrived, out, n, d, weight.stride(0),
         TOKENS=tokens, COMPACTED=compacted, **config,
     )  # fmt: skip
     return out
@@ -87,7 +106,7 @@ def launch_sum(
 def _fake_gathered_sum(
     hidden: Tensor, weight: Tensor, index: Tensor, count: Tensor, compacted: bool
 ) -> Tensor:
-    return hidden.new_empty(1, hidden.shape[0], weight.shape[1], dtype=torch.float32)
+    return hidden.new_empty(hidden.shape[0], weight.shape[1], dtype=torch.float32)
 
 
 @cpu.cpu_op("dejavu::gathered_sum_cpu", _fake_gathered_sum)
@@ -104,16 +123,16 @@ def gathered_sum_cpu(
         by_unit = torch.zeros_like(hidden)
         values = hidden[:, :k] if compacted else hidden.index_select(1, chosen)
         by_unit[:, chosen.long()] = values
-        return (by_unit @ weight).float()[None]
+        return (by_unit @ weight).float()
     values = hidden[:, :k] if compacted else hidden.index_select(1, chosen)
-    return (values @ weight.index_select(0, chosen)).float()[None]
+    return (values @ weight.index_select(0, chosen)).float()
 
 
-@triton_op("dejavu::gathered_sum", mutates_args=())
+@triton_op("dejavu::gathered_sum", mutates_args=("arrived",))
 def gathered_sum(
-    hidden: Tensor, weight: Tensor, index: Tensor, count: Tensor, compacted: bool
+    hidden: Tensor, weight: Tensor, index: Tensor, count: Tensor, compacted: bool, arrived: Tensor
 ) -> Tensor:
-    """See `gathered_sum_reference`; [splits, m, d] fp32, to be summed over dim 0."""
+    """See `gathered_sum_reference`. `arrived` [column blocks] int32 holds zeros before and after, on a GPU."""
     if not hidden.is_cuda:
         return gathered_sum_cpu(hidden, weight, index, count, compacted)
-    return launch_sum(wrap_triton(_sum_kernel), hidden, weight, index, count, compacted)
+    return launch_sum(wrap_triton(_sum_kernel), hidden, weight, index, count, compacted, arrived)

@@ -1,6 +1,6 @@
 """The output projection of attention, of the heads that run only. Every head keeps its place.
 
-    partials[s, t] = sum over running heads h of split s of hidden[t, h] @ weight[h]
+    y[t] = sum over running heads h of hidden[t, h] @ weight[h]
 
 A head runs for a token where its score isn't at most zero. Heads are few, so nothing is compacted in memory:
 each program counts the running ones itself. Selections differ from token to token; a weight is read once if
@@ -12,7 +12,18 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
+from ._triton import (
+    PROCESSORS,
+    add_up,
+    cdiv,
+    check_arrived,
+    empty,
+    is_last,
+    jit,
+    power_of_2,
+    tl,
+    wrap_triton,
+)
 from .gemv import running
 from .rows import check_rows
 
@@ -20,31 +31,30 @@ from .rows import check_rows
 def head_sum_reference(hidden: Tensor, weight: Tensor, score: Tensor) -> Tensor:
     """hidden [m, heads * width], weight [heads * width, d], rows contiguous; score [m, heads].
 
-    Nothing of a head that doesn't run is read, token by token. Returns [1, m, d] fp32.
+    Nothing of a head that doesn't run is read, token by token. Returns [m, d] fp32.
     """
     kept = running(score).repeat_interleave(hidden.shape[1] // score.shape[1], dim=1)
-    return (hidden.float().masked_fill(~kept, 0.0) @ weight.float())[None]
+    return hidden.float().masked_fill(~kept, 0.0) @ weight.float()
 
 
 @jit
 def _head_sum_kernel(
-    hidden_ptr, weight_ptr, score_ptr, out_ptr, heads, d, weight_stride,
+    hidden_ptr, weight_ptr, score_ptr, part_ptr, arrived_ptr, out_ptr, heads, d, weight_stride,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, splits). A split takes every num_splits-th block of rows of the running heads.
 
-    HEADS is a power of two, at least `heads`. A head of WIDTH rows is some blocks of BLOCK_J.
+    HEADS is a power of two, at least `heads`. A head of WIDTH rows is some blocks of BLOCK_J. The last split to
+    finish a block of columns adds up what the others left.
     """
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split, splits = tl.program_id(1), tl.num_programs(1)
     head = tl.arange(0, HEADS)
     any_runs = tl.zeros([HEADS], dtype=tl.int32)
     for token in tl.static_range(TOKENS):
-        score = tl.load(score_ptr + token * heads + head, mask=head < heads, other=-1.0).to(
-            tl.float32
-        )
-        any_runs = any_runs | ((score > 0) | (score != score)).to(tl.int32)
+        scores = tl.load(score_ptr + token * heads + head, mask=head < heads, other=-1.0)
+        any_runs = any_runs | ((scores > 0) | (scores != scores)).to(tl.int32)
     place = tl.where(any_runs != 0, tl.cumsum(any_runs, axis=0) - 1, -1)
     blocks: tl.constexpr = (WIDTH + BLOCK_J - 1) // BLOCK_J
     items = tl.sum(any_runs, axis=0) * blocks
@@ -67,8 +77,10 @@ def _head_sum_kernel(
                 mask=live[:, None] & (column[None, :] < d), other=0.0,
             ).to(tl.float32)  # fmt: skip
             total += h[:, None] * w
-        out = (split * TOKENS + token).to(tl.int64) * d + column
-        tl.store(out_ptr + out, tl.sum(total, axis=0), mask=column < d)
+        part = (split * TOKENS + token).to(tl.int64) * d + column
+        tl.store(part_ptr + part, tl.sum(total, axis=0), mask=column < d)
+    if is_last(arrived_ptr + tl.program_id(0), splits):
+        add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
 
 
 def head_sum_config(heads: int, width: int, d: int) -> dict[str, int]:
@@ -80,25 +92,28 @@ def head_sum_config(heads: int, width: int, d: int) -> dict[str, int]:
 
 
 def launch_head_sum(
-    kernel, hidden: Tensor, weight: Tensor, score: Tensor, config: dict[str, int] | None = None
-) -> Tensor:
+    kernel, hidden: Tensor, weight: Tensor, score: Tensor, arrived: Tensor,
+    config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
     """Launch `_head_sum_kernel`, wrapped or not."""
     hidden, score = hidden.contiguous(), score.contiguous()
     check_rows(weight)
     (tokens, heads), d = score.shape, weight.shape[1]
     width = weight.shape[0] // heads
     config = dict(config or head_sum_config(heads, width, d))
-    splits = config.pop("splits")
-    out = empty(splits, tokens, d, like=hidden, dtype=torch.float32)
-    kernel[(cdiv(d, config["BLOCK_D"]), splits)](
-        hidden, weight, score, out, heads, d, weight.stride(0),
+    splits, blocks = config.pop("splits"), cdiv(d, config["BLOCK_D"])
+    check_arrived(arrived, blocks)
+    part = empty(splits, tokens, d, like=hidden, dtype=torch.float32)
+    out = empty(tokens, d, like=hidden, dtype=torch.float32)
+    kernel[(blocks, splits)](
+        hidden, weight, score, part, arrived, out, heads, d, weight.stride(0),
         WIDTH=width, TOKENS=tokens, HEADS=power_of_2(heads), **config,
     )  # fmt: skip
     return out
 
 
 def _fake_head_sum(hidden: Tensor, weight: Tensor, score: Tensor) -> Tensor:
-    return hidden.new_empty(1, hidden.shape[0], weight.shape[1], dtype=torch.float32)
+    return hidden.new_empty(hidden.shape[0], weight.shape[1], dtype=torch.float32)
 
 
 @cpu.cpu_op("dejavu::head_sum_cpu", _fake_head_sum)
@@ -111,12 +126,12 @@ def head_sum_cpu(hidden: Tensor, weight: Tensor, score: Tensor) -> Tensor:
     total = cpu.summed(hidden, weight, index, index.numel(), False)
     if total is not None:
         return total
-    return (hidden[:, index] @ weight[index]).float()[None]
+    return (hidden[:, index] @ weight[index]).float()
 
 
-@triton_op("dejavu::head_sum", mutates_args=())
-def head_sum(hidden: Tensor, weight: Tensor, score: Tensor) -> Tensor:
-    """See `head_sum_reference`."""
+@triton_op("dejavu::head_sum", mutates_args=("arrived",))
+def head_sum(hidden: Tensor, weight: Tensor, score: Tensor, arrived: Tensor) -> Tensor:
+    """See `head_sum_reference`. `arrived` [column blocks] int32 holds zeros before and after, on a GPU."""
     if not hidden.is_cuda:
         return head_sum_cpu(hidden, weight, score)
-    return launch_head_sum(wrap_triton(_head_sum_kernel), hidden, weight, score)
+    return launch_head_sum(wrap_triton(_head_sum_kernel), hidden, weight, score, arrived)

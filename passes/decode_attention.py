@@ -32,7 +32,7 @@ def _fits(found: Attention) -> bool:
     value = found.q.meta["val"]
     if value.is_cuda:
         # A grid of a number that only the GPU knows would be compiled again for each length.
-        return all(isinstance(size, int) for size in shape_of(found.k))
+        return all(isinstance(size, int) for size in (*shape_of(found.q), *shape_of(found.k)))
     if cpu.function("attention", value.dtype) is None:
         return False
     # A dynamic cache has a length without a number: it is taken to be long.
@@ -48,12 +48,13 @@ def use_decode_attention(gm: fx.GraphModule) -> Attended:
         found = as_decode_attention(node)
         if found is None or not _fits(found):
             continue
-        op = ops.decode_attention if found.q.meta["val"].is_cuda else ops.decode_attention_cpu
+        arguments = (found.q, found.k, found.v, found.mask, found.scale, None)
         with emit.before(node):
-            y = emit.call(
-                op.default,
-                found.q, found.k, found.v, found.mask, found.scale, None,
-            )  # fmt: skip
+            if found.q.meta["val"].is_cuda:
+                more = emit.arrived(found.groups)
+                y = emit.call(ops.decode_attention.default, *arguments, more)
+            else:
+                y = emit.call(ops.decode_attention_cpu.default, *arguments)
         node.replace_all_uses_with(y)
         gm.graph.erase_node(node)
         count += 1

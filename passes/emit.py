@@ -68,6 +68,23 @@ class Emitter:
         )
         return node
 
+    def arrived(self, needed: int) -> fx.Node:
+        """Zeroed int32 counters for ops whose programs share a sum; ops that run one after another share them."""
+        size = max(256, 1 << (needed - 1).bit_length())
+        name = f"dejavu_arrived_{size}"
+        node = next((n for n in self.graph.find_nodes(op="get_attr", target=name)), None)
+        if node is None:
+            first = next(iter(self.graph.nodes))
+            with self.before(first):
+                node = self.buffer(name, torch.zeros(size, dtype=torch.int32, device=self.device))
+        return node
+
+    @property
+    def device(self) -> torch.device:
+        """Of the graph's tensors."""
+        values = (node.meta.get("val") for node in self.graph.nodes)
+        return next(v.device for v in values if isinstance(v, torch.Tensor) and v.dim() > 1)
+
     def infer(self, node: fx.Node) -> None:
         """Compute `meta["val"]` from the inputs' values."""
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])

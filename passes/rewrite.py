@@ -5,7 +5,7 @@ predict, gathered (decode):
         ->
     index, count = select(source, down, up, bias)
     g = gathered_rows(x, Wg, index, count); u = gathered_rows(x, Wu, index, count)
-    h = silu(g) * u; y = gathered_sum(h, Wo.T, index, count).sum(0)
+    h = silu(g) * u; y = gathered_sum(h, Wo.T, index, count)
 
 exact and gate compute the carrier (the activated gate) for every unit, `compact` it into a selection,
 and skip what is left. Masked execution zeroes h outside the selection instead, token by token: the same
@@ -110,15 +110,15 @@ def _gathered(
                 mapping[value] = _gather_leaf(emit, leaves[value], units, chosen)
         mapping[node] = emit.copy(node, mapping)
     output = site.output
-    partials = emit.call(
+    result = emit.call(
         ops.gathered_sum.default,
         _tokens_by(emit, mapping[site.hidden], units),
         _unit_columns(emit, output),
         chosen.index,
         chosen.count,
         compacted,
+        emit.arrived(output.out_features),
     )
-    result = emit.call(aten.sum.dim_IntList, partials, [0])
     if output.bias is not None:
         result = emit.call(aten.add.Tensor, result, output.bias)
     dtype = output.node.meta["val"].dtype

@@ -4,7 +4,7 @@
         ->
     score = linear(source, Ws, bs)                                  where the source is made, a layer earlier
     q = gemv(x, [Wq], [bq], "identity", owner, score); y = decode_attention(rope(q), k, v, score)
-    o = head_sum(merge_heads(y), Wo.T, score).sum(0)
+    o = head_sum(merge_heads(y), Wo.T, score)
 
 Each token has its own selection: the heads whose score isn't at most zero. Heads keep their places, so the ops in between stay as they are: what they
 compute for other heads is read by nothing. Keys and values that a cache needs are computed for every head.
@@ -37,6 +37,11 @@ class Attention:
     v: fx.Node
     mask: fx.Node | None
     scale: float
+
+    @property
+    def groups(self) -> int:
+        """Sequences times heads of keys."""
+        return shape_of(self.q)[0] * shape_of(self.k)[1]
 
 
 def as_decode_attention(node: fx.Node) -> Attention | None:
@@ -123,8 +128,8 @@ def _output(emit: Emitter, output: Projection, score: fx.Node) -> None:
     if output.contracted == 1:
         weight = emit.call(aten.t.default, weight)
     hidden = _tokens_by(emit, output.input, output.in_features)
-    partials = emit.call(ops.head_sum.default, hidden, weight, score)
-    result = emit.call(aten.sum.dim_IntList, partials, [0])
+    arrived = emit.arrived(output.out_features)
+    result = emit.call(ops.head_sum.default, hidden, weight, score, arrived)
     if output.bias is not None:
         result = emit.call(aten.add.Tensor, result, output.bias)
     result = emit.call(aten.to.dtype, result, output.node.meta["val"].dtype)
@@ -167,6 +172,7 @@ def rewrite_heads(emit: Emitter, decision: Decision, tag: str) -> None:
                 y = emit.call(
                     ops.decode_attention.default,
                     attention.q, attention.k, attention.v, attention.mask, attention.scale, score,
+                    emit.arrived(attention.groups),
                 )  # fmt: skip
             emit.replace(core, y)
     with emit.before(site.output.node):

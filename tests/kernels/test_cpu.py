@@ -12,6 +12,7 @@ from dejavu_compile.kernels import cpu
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
 )
+ARRIVED = torch.zeros(256, dtype=torch.int32)
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_rows_glu_and_sum(monkeypatch, dtype, m, every):
         hidden = kernels.gathered_glu(x, gate, bias[:n], up[::2], bias[::2], *chosen, "gelu")
         rows = kernels.gathered_rows(x, gate, None, *chosen, "silu")
         return torch.cat(
-            [hidden, rows, kernels.gathered_sum(hidden, out, *chosen, True)[0].to(dtype)], 1
+            [hidden, rows, kernels.gathered_sum(hidden, out, *chosen, True, ARRIVED).to(dtype)], 1
         )
 
     cpp, plain = both(monkeypatch, call)
@@ -100,7 +101,10 @@ def test_gemv_equals_float64(dtype, m, count, with_bias):
 
 def test_gemv_opcheck():
     x, weight = torch.randn(2, 63), torch.randn(50, 63)
-    for arguments in (([weight], [None]), ([weight, weight[:7]], [torch.randn(50), torch.randn(7)])):
+    for arguments in (
+        ([weight], [None]),
+        ([weight, weight[:7]], [torch.randn(50), torch.randn(7)]),
+    ):
         torch.library.opcheck(torch.ops.dejavu.gemv.default, (x, *arguments, "relu2"))
 
 
@@ -118,7 +122,7 @@ def test_threads_change_no_bit():
         results = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append(kernels.gathered_sum(hidden, weight, *chosen, True))
+            results.append(kernels.gathered_sum(hidden, weight, *chosen, True, ARRIVED))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])

@@ -1,5 +1,7 @@
 """`gathered_sum` against float64, and the whole chain of ops under Inductor."""
 
+from functools import partial
+
 import models
 import pytest
 import torch
@@ -11,7 +13,12 @@ TOKENS = pytest.mark.parametrize("m", [1, 3], ids=["m1", "m3"])
 SIZES = pytest.mark.parametrize(
     ("n", "d"), [(100, 63), (1000, 128)], ids=["n100-d63", "n1000-d128"]
 )
-FORMS = pytest.mark.parametrize("form", [gathered_sum, gathered_sum_reference])
+ARRIVED = torch.zeros(256, dtype=torch.int32)
+FORMS = pytest.mark.parametrize(
+    "form",
+    [partial(gathered_sum, arrived=ARRIVED), gathered_sum_reference],
+    ids=["op", "reference"],
+)
 COMPACTED = pytest.mark.parametrize("compacted", [True, False], ids=["by_slot", "by_unit"])
 KEEP = {
     "none": lambda n: torch.zeros(n, dtype=torch.bool),
@@ -51,9 +58,9 @@ def test_equals_float64(form, dtype, m, n, d, compacted, share):
     hidden, index, count = prepared(by_unit, keep, compacted)
     got = form(hidden, weight, index, count, compacted)
     assert got.dtype is torch.float32
-    assert got.shape[1:] == (m, d)
+    assert got.shape == (m, d)
     exact = (by_unit.double() * keep) @ weight.double()
-    models.assert_as_exact_as((by_unit * keep) @ weight, got.sum(0), exact)
+    models.assert_as_exact_as((by_unit * keep) @ weight, got, exact)
 
 
 @FORMS
@@ -68,7 +75,7 @@ def test_strided_rows(form, compacted, share):
         torch.randn(100, 99)[:, :63],
     ):
         exact = (by_unit.double() * keep) @ weight.double()
-        models.assert_near(form(hidden, weight, index, count, compacted).sum(0), exact, 1e-5)
+        models.assert_near(form(hidden, weight, index, count, compacted), exact, 1e-5)
 
 
 @FORMS
@@ -78,7 +85,7 @@ def test_nan_is_not_hidden(form, compacted, share):
     by_unit, keep = torch.randn(3, 100), KEEP[share](100)
     by_unit[1, 2] = float("nan")
     keep[2] = True
-    got = form(*_with(prepared(by_unit, keep, compacted), torch.randn(100, 63)), compacted).sum(0)
+    got = form(*_with(prepared(by_unit, keep, compacted), torch.randn(100, 63)), compacted)
     assert got[1].isnan().all()
     assert not got[[0, 2]].isnan().any()
 
@@ -104,9 +111,11 @@ def test_opcheck(compacted, m):
     op = torch.ops.dejavu.gathered_sum.default
     hidden, index, count = prepared(torch.randn(m, 50), KEEP["few"](50), compacted)
     hidden = hidden.nan_to_num(0.0)
-    torch.library.opcheck(op, (hidden, torch.randn(50, 63), index, count, compacted))
+    torch.library.opcheck(op, (hidden, torch.randn(50, 63), index, count, compacted, ARRIVED))
     strided = hidden.T.contiguous().T
-    torch.library.opcheck(op, (strided, torch.randn(100, 63)[::2], index, count, compacted))
+    torch.library.opcheck(
+        op, (strided, torch.randn(100, 63)[::2], index, count, compacted, ARRIVED)
+    )
 
 
 # --- the ops in a row --------------------------------------------------------------------------------
@@ -119,7 +128,9 @@ def chain(source, down, up, bias, gate, weight, out):
     hidden = ops.gathered_glu(source, gate, None, weight, None, index, count, "silu")
     dense = ops.gemv(source, [out], [None], "identity")
     return (
-        ops.gathered_sum(hidden, out, index, count, True).sum(0) + torch.relu(source) + dense.sum()
+        ops.gathered_sum(hidden, out, index, count, True, ARRIVED)
+        + torch.relu(source)
+        + dense.sum()
     )
 
 
@@ -127,7 +138,7 @@ def exact_chain(source, weight, out):
     ops = torch.ops.dejavu
     hidden = ops.gemv(source, [weight], [None], "relu")
     index, count = ops.compact(hidden, 0.0)
-    return ops.gathered_sum(hidden, out, index, count, False).sum(0) + source
+    return ops.gathered_sum(hidden, out, index, count, False, ARRIVED) + source
 
 
 @pytest.mark.slow

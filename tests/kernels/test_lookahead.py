@@ -84,11 +84,12 @@ def test_cuda_graph_replay_selects_anew(how, dtype):
     n, d = 1000, 63
     source, down, up, bias = predictor(1, n, d, 16, "cuda", dtype)
     weight, out = (torch.randn(n, d, device="cuda", dtype=dtype) / 8 for _ in range(2))
+    arrived = torch.zeros(256, dtype=torch.int32, device="cuda")
 
     def step():
         index, count = how(source, down, up, bias)
         hidden = gathered_rows(source, weight, None, index, count, "relu")
-        return index, count, gathered_sum(hidden, out, index, count, True).sum(0)
+        return index, count, gathered_sum(hidden, out, index, count, True, arrived)
 
     warm = torch.cuda.Stream()
     warm.wait_stream(torch.cuda.current_stream())
@@ -110,7 +111,7 @@ def test_cuda_graph_replay_selects_anew(how, dtype):
         near = (int(count) - int(expected[1])) / n
         assert abs(near) < 0.01  # a score of nearly zero may fall on either side
         hidden = gathered_rows_reference(source, weight, None, index, count, "relu")
-        exact = gathered_sum_reference(hidden, out, index, count, True)[0]
+        exact = gathered_sum_reference(hidden, out, index, count, True)
         torch.testing.assert_close(result, exact, rtol=2e-2, atol=2e-2)
         counts.add(int(count))
     assert {0, n} <= counts
