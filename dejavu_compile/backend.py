@@ -176,7 +176,7 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-def _inductor_config(options: Options, inductor: dict[str, Any]) -> dict[str, Any]:
+def _inductor_config(options: Options, inductor: dict[str, Any], on_cuda: bool) -> dict[str, Any]:
     """The user's Inductor options with what our graph needs."""
     known = inductor_option_names()
     for key in inductor:
@@ -191,7 +191,9 @@ def _inductor_config(options: Options, inductor: dict[str, Any]) -> dict[str, An
         slot = "post_grad_custom_pre_pass"
     # Inductor would sink a predictor to just before its site, and undo the lookahead. (facts: trap 6)
     ordering = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
-    return {**ordering, **inductor, slot: _CacheKey(options)}
+    # Of a decode step's kernels many only move a token's few values: those side by side go together.
+    fewer = {"combo_kernels": on_cuda}
+    return {**ordering, **fewer, **inductor, slot: _CacheKey(options)}
 
 
 def dejavu(
@@ -209,10 +211,10 @@ def dejavu(
     ArtifactMismatchError if calibrated weights have changed since.
     """
     own, inductor = split_options(mode, options)
-    patches = _inductor_config(own, inductor)
+    on_cuda = any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs)
+    patches = _inductor_config(own, inductor, on_cuda)
     if _needs_grad(example_inputs):
         return compile_fx(gm, example_inputs, config_patches=inductor or None)
-    on_cuda = any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs)
     cuda_graphs = on_cuda and bool(
         inductor.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
     )

@@ -180,7 +180,7 @@ def attention_config(groups: int, slots: int) -> dict[str, int]:
     per_split = cdiv(blocks, splits)
     return {
         "splits": cdiv(blocks, per_split), "per_split": per_split * BLOCK_S, "BLOCK_S": BLOCK_S,
-        "num_warps": 4, "num_stages": 2 if per_split > 1 else 1,
+        "num_warps": 4, "num_stages": 3 if per_split > 1 else 1,
     }  # fmt: skip
 
 

@@ -96,13 +96,14 @@ def scatter(kernel, local: Tensor, counts: Tensor, n: int) -> tuple[Tensor, Tens
     """Second launch: local lists [segments * SEGMENT] and their counts to one selection."""
     segments = counts.numel()
     index = empty(n, like=local, dtype=torch.int32)
-    count = empty(like=local, dtype=torch.int32)
+    # Of one element, then none: Inductor fills an empty tensor without dims by a launch of its own.
+    count = empty(1, like=local, dtype=torch.int32)
     group = SCATTERED // SEGMENT
     kernel[(cdiv(segments, group),)](
         local, counts, index, count, n, segments,
         SEGMENTS=power_of_2(segments), SEGMENT=SEGMENT, GROUP=group,
     )  # fmt: skip
-    return index, count
+    return index, count.view(())
 
 
 def launch_compact(kernels, values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
