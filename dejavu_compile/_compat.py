@@ -16,7 +16,6 @@ from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.schemas import AOTConfig
 from torch._functorch.aot_autograd import construct_fake_mode, process_inputs
 from torch._guards import TracingContext
-from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx
@@ -33,7 +32,6 @@ __all__ = [
     "compile_counters",
     "compile_fx",
     "guard_identity",
-    "inductor_config",
     "inductor_option_names",
     "list_mode_options",
     "load_cpp",

@@ -31,7 +31,6 @@ from ._compat import (
     check_strides_every_call,
     compile_fx,
     guard_identity,
-    inductor_config,
     inductor_option_names,
     unset_fake_temporarily,
 )
@@ -56,19 +55,15 @@ class Prepared:
     modified: bool
 
 
-def _issue(options: Options, cuda_graphs: bool) -> Issue:
-    """In a CUDA graph the side stream was the faster one (README); launched op by op it costs the host."""
-    if options.issue is IssueMode.AUTO:
-        return Issue.SIDE_STREAM if cuda_graphs else Issue.INLINE
-    return Issue(str(options.issue))
+def _issue(options: Options) -> Issue:
+    """In line, also in CUDA graphs: the side stream was never faster on a step by more than noise (README)."""
+    return Issue.INLINE if options.issue is IssueMode.AUTO else Issue(str(options.issue))
 
 
 def prepare(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     options: Options,
-    *,
-    cuda_graphs: bool = False,
 ) -> Prepared:
     """Run our passes on `gm`, in place. Without a sparse site the graph is left as it was."""
     dump = Dump(options.dump)
@@ -91,7 +86,7 @@ def prepare(
         dump.graph("rewrite", gm)
         fuse(gm)
         dump.graph("fuse", gm)
-        schedule(gm, rewritten.selects, _issue(options, cuda_graphs))
+        schedule(gm, rewritten.selects, _issue(options))
         dump.graph("schedule", gm)
     if options.gemv and options.execution is ExecutionMode.AUTO:
         modified |= use_gemv(gm).count > 0
@@ -176,7 +171,7 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-def _inductor_config(options: Options, inductor: dict[str, Any], on_cuda: bool) -> dict[str, Any]:
+def _inductor_config(options: Options, inductor: dict[str, Any]) -> dict[str, Any]:
     """The user's Inductor options with what our graph needs."""
     known = inductor_option_names()
     for key in inductor:
@@ -191,9 +186,7 @@ def _inductor_config(options: Options, inductor: dict[str, Any], on_cuda: bool) 
         slot = "post_grad_custom_pre_pass"
     # Inductor would sink a predictor to just before its site, and undo the lookahead. (facts: trap 6)
     ordering = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
-    # Of a decode step's kernels many only move a token's few values: those side by side go together.
-    fewer = {"combo_kernels": on_cuda}
-    return {**ordering, **fewer, **inductor, slot: _CacheKey(options)}
+    return {**ordering, **inductor, slot: _CacheKey(options)}
 
 
 def dejavu(
@@ -211,14 +204,10 @@ def dejavu(
     ArtifactMismatchError if calibrated weights have changed since.
     """
     own, inductor = split_options(mode, options)
-    on_cuda = any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs)
-    patches = _inductor_config(own, inductor, on_cuda)
+    patches = _inductor_config(own, inductor)
     if _needs_grad(example_inputs):
         return compile_fx(gm, example_inputs, config_patches=inductor or None)
-    cuda_graphs = on_cuda and bool(
-        inductor.get("triton.cudagraphs", inductor_config.triton.cudagraphs)
-    )
-    prepared = prepare(gm, example_inputs, own, cuda_graphs=cuda_graphs)
+    prepared = prepare(gm, example_inputs, own)
     if not prepared.modified:
         patches = inductor
     compiled = compile_fx(gm, example_inputs, config_patches=patches or None)

@@ -21,7 +21,7 @@ class ExecutionMode(StrEnum):
 
 
 class IssueMode(StrEnum):
-    """How predictors run on CUDA: `auto` is a side stream within CUDA graphs, else in line."""
+    """How predictors run on CUDA: `auto` is in line, which measured as fast."""
 
     AUTO = "auto"
     INLINE = "inline"
