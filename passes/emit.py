@@ -74,7 +74,7 @@ class Emitter:
         name = f"dejavu_arrived_{size}"
         node = next((n for n in self.graph.find_nodes(op="get_attr", target=name)), None)
         if node is None:
-            first = next(iter(self.graph.nodes))
+            first = next(n for n in self.graph.nodes if n.op != "placeholder")
             with self.before(first):
                 node = self.buffer(name, torch.zeros(size, dtype=torch.int32, device=self.device))
         return node
