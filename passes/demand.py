@@ -253,8 +253,8 @@ HANDLERS: dict[object, Callable[[fx.Node, Tensor], Pushed]] = {
     aten.baddbmm.default: _product,
     aten.scaled_dot_product_attention.default: _sdpa,
 }
-if hasattr(aten, "numpy_T"):
-    HANDLERS[aten.numpy_T.default] = lambda node, label: iter([(node.args[0], label.mT)])
+for _op in ("numpy_T", "mT", "t"):
+    HANDLERS[getattr(aten, _op).default] = lambda node, label: iter([(node.args[0], label.mT)])
 
 # Ops that read a part of their input
 CUTS = (aten.slice.Tensor, aten.select.int, aten.index.Tensor)
@@ -314,10 +314,20 @@ def demand(
         else:
             continue
         region.add(node)
-        for source, found in pushed:
+        for source, found in _of_all_inputs(node, pushed):
             known = labels.get(source)
             labels[source] = found if known is None else _united(known, found)
     return Demand(labels, frozenset(region))
+
+
+def _of_all_inputs(node: fx.Node, pushed: Pushed) -> Pushed:
+    """What a handler pushed; an input that it says nothing about is needed by many."""
+    silent = {n for n in node.all_input_nodes if sizes(n) is not None}
+    for source, found in pushed:
+        silent.discard(source)
+        yield source, found
+    for source in silent:
+        yield source, _filled(source.meta["val"], MANY)
 
 
 def _backwards(start: fx.Node) -> Iterator[fx.Node]:
