@@ -194,4 +194,5 @@ def test_added_buffers_are_static_inputs_as_parameters_are(predicted, monkeypatc
     )
     torch.compiler.reset()
     torch.compile(predicted.forward, backend="dejavu")(torch.tensor([[5]]), use_cache=False)
-    assert static == [parameters, parameters + 2 * 3]
+    predictors, counters = 2 * 3, 1  # layers 1 and 2 have two matrices and a bias each
+    assert static == [parameters, parameters + predictors + counters]
