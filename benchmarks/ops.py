@@ -99,7 +99,7 @@ class _Skip:
 def attention(w: Layers, i: int, score: torch.Tensor | None, **config: Any) -> torch.Tensor:
     """One layer's attention over a full cache."""
     return launch_attention(
-        _attention_kernel, w.q, w.k[i], w.v[i], w.mask, 0.1, score, w.arrived, **config
+        _attention_kernel, w.q, w.k[i], w.v[i], w.mask, 0.1, 0.0, score, w.arrived, **config
     )
 
 

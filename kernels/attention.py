@@ -1,10 +1,13 @@
 """Attention of one query per sequence, of the heads that run, over a cache that is read in place.
 
-    y[b, h] = softmax(scale * q[b, h] @ k[b, g].T + mask) @ v[b, g],    g = h * kv_heads // heads
+    y[b, h] = softmax(cap(scale * q[b, h] @ k[b, g].T) + mask) @ v[b, g],    g = h * kv_heads // heads
 
-A head whose score is at most zero doesn't run: it reads nothing and gives zero. Slots that a boolean mask rules out aren't read either:
-a static cache costs what it holds, not what it could hold. Keys shared by several heads (GQA, MQA) are read
-where they are, never expanded to a copy. (Deja Vu, section 4.2; split along the sequence as in Flash-Decoding)
+where cap(x) = softcap * tanh(x), or x where softcap is 0. (Gemma 2, section 2: their s is scale * softcap)
+
+A head whose score is at most zero doesn't run: it reads nothing and gives zero. Slots that a boolean mask
+rules out aren't read either: a static cache costs what it holds, not what it could hold. Keys shared by
+several heads (GQA, MQA) are read where they are, never expanded to a copy. (Deja Vu, section 4.2; split along
+the sequence as in Flash-Decoding)
 """
 
 import torch
@@ -30,8 +33,9 @@ NEGATIVE = float("-inf")
 
 
 def attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, score: Tensor | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float = 0.0,
+    score: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """q [b, h, 1, d]; k [b, g, s, d], v [b, g, s, e], where g divides h, last dim contiguous.
 
     mask broadcasts to [b, h, 1, s]: bool (True: attend) or added to the logits. score [b, h]: which heads run,
@@ -41,6 +45,7 @@ def attention_reference(
     groups = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(groups, dim=1).float() for x in (k, v))
     logits = scale * q.float() @ k.mT
+    logits = softcap * logits.tanh() if softcap else logits
     if mask is not None:
         boolean = mask.dtype is torch.bool
         logits = logits.masked_fill(~mask, NEGATIVE) if boolean else logits + mask.float()
@@ -53,11 +58,11 @@ def attention_reference(
 
 @jit
 def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, score_ptr, part_ptr, stats_ptr, arrived_ptr, out_ptr, scale,
-    kv_heads, slots, per_split,
+    q_ptr, k_ptr, v_ptr, mask_ptr, score_ptr, part_ptr, stats_ptr, arrived_ptr, out_ptr,
+    scale, softcap, kv_heads, slots, per_split,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_h, mask_s,
-    D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, SELECT: tl.constexpr,
-    ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
+    SELECT: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * kv_heads, splits): the GROUP heads that share keys are rows of one product.
 
@@ -82,6 +87,7 @@ def _attention_kernel(
     if tl.max(runs.to(tl.int32), axis=0) != 0:
         # Python floats arrive as fp64 from Inductor
         factor = tl.full([1], scale, tl.float32)
+        cap = tl.full([1], softcap, tl.float32)
         k_ptr += b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
         v_ptr += b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
         largest = tl.full([ROWS], float("-inf"), tl.float32)
@@ -112,8 +118,10 @@ def _attention_kernel(
                 v_ptr + slot[:, None] * v_s + e[None, :],
                 mask=live[:, None] & (e[None, :] < E), other=0.0,
             )  # fmt: skip
-            s = tl.dot(q, k, input_precision="ieee") * factor + added
-            s = tl.where(allowed, s, float("-inf"))
+            s = tl.dot(q, k, input_precision="ieee") * factor
+            if CAP:
+                s = cap * (2 * tl.sigmoid(2 * s) - 1)  # tanh
+            s = tl.where(allowed, s + added, float("-inf"))
             higher = tl.maximum(largest, tl.max(s, axis=1))
             # Nothing seen so far that may be attended: -inf minus -inf would be NaN
             anchor = tl.where(higher == float("-inf"), 0.0, higher)
@@ -185,7 +193,7 @@ def attention_config(groups: int, slots: int) -> dict[str, int]:
 
 
 def launch_attention(
-    kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float,
+    kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float,
     score: Tensor | None, arrived: Tensor, config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_attention_kernel`, wrapped or not."""
@@ -206,10 +214,10 @@ def launch_attention(
     score = None if score is None else score.contiguous()
     group = heads // kv_heads
     kernel[(groups, splits)](
-        q, k, v, q if mask is None else mask, q if score is None else score, part, stats, arrived, out, scale,
-        kv_heads, slots, per_split, q.stride(0), q.stride(1),
+        q, k, v, q if mask is None else mask, q if score is None else score, part, stats, arrived, out,
+        scale, softcap, kv_heads, slots, per_split, q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *mask_strides,
-        D=d, E=e, GROUP=group, MASK=kind, SELECT=score is not None,
+        D=d, E=e, GROUP=group, MASK=kind, CAP=softcap != 0, SELECT=score is not None,
         ROWS=max(LEAST, power_of_2(group)), SPLITS=power_of_2(splits),
         BLOCK_D=max(LEAST, power_of_2(d)), BLOCK_E=max(LEAST, power_of_2(e)), **config,
     )  # fmt: skip
@@ -226,33 +234,37 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _fake_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, score: Tensor | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float,
+    score: Tensor | None,
+) -> Tensor:  # fmt: skip
     return q.new_empty(*q.shape[:3], v.shape[3])
 
 
 @cpu.cpu_op("dejavu::decode_attention_cpu", _fake_attention)
 def decode_attention_cpu(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, score: Tensor | None
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float,
+    score: Tensor | None,
+) -> Tensor:  # fmt: skip
     """See `attention_reference`; PyTorch's where there is no C++ form."""
     check_attention(q, k, v)
     keep = None if score is None else running(score)
-    y = cpu.attended(q, k, v, mask, scale, keep)
+    y = cpu.attended(q, k, v, mask, scale, softcap, keep)
     if y is not None:
         return y
+    if softcap:
+        return attention_reference(q, k, v, mask, scale, softcap, score)
     y = F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
     return y.clone() if keep is None else y.masked_fill(~keep[:, :, None, None], 0.0)
 
 
 @triton_op("dejavu::decode_attention", mutates_args=("arrived",))
 def decode_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, score: Tensor | None,
-    arrived: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float,
+    score: Tensor | None, arrived: Tensor,
 ) -> Tensor:  # fmt: skip
     """See `attention_reference`. `arrived` [b * g] int32 holds zeros before and after, on a GPU."""
     if not q.is_cuda:
-        return decode_attention_cpu(q, k, v, mask, scale, score)
+        return decode_attention_cpu(q, k, v, mask, scale, softcap, score)
     check_attention(q, k, v)
     kernel = wrap_triton(_attention_kernel)
-    return launch_attention(kernel, q, k, v, mask, scale, score, arrived)
+    return launch_attention(kernel, q, k, v, mask, scale, softcap, score, arrived)

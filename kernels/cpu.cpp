@@ -238,10 +238,9 @@ void compact(const T* values, float threshold, int32_t* index, int32_t* count, i
 // One query per head. A slot that the mask rules out is not read; a head without any slot gives 0, and so
 // does one that isn't `chosen`, of which nothing is read.
 template <class T>
-void attention(const T* q, const T* k, const T* v, const T* added, const bool* kept, const bool* chosen, T* out,
-               int64_t batch,
-               int64_t heads, int64_t kv_heads, int64_t slots, int64_t d, int64_t d_out,
-               const int64_t* strides, float scale, int threads) {
+void attention(const T* q, const T* k, const T* v, const float* added, const bool* kept,
+               const bool* chosen, T* out, int64_t batch, int64_t heads, int64_t kv_heads, int64_t slots,
+               int64_t d, int64_t d_out, const int64_t* strides, float scale, float softcap, int threads) {
   const int64_t *q_at = strides, *k_at = strides + 2, *v_at = strides + 5, *mask_at = strides + 8;
   // Chosen heads lie anywhere: they are dealt out one by one.
 #pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
@@ -260,7 +259,7 @@ void attention(const T* q, const T* k, const T* v, const T* added, const bool* k
       live.reserve(slots);
       for (int64_t slot = 0; slot < slots; ++slot) {
         int64_t at = mask + slot * mask_at[2];
-        score[slot] = kept ? (kept[at] ? 0 : -INFINITY) : added ? float(added[at]) : 0;
+        score[slot] = kept ? (kept[at] ? 0 : -INFINITY) : added ? added[at] : 0;
         if (score[slot] != -INFINITY) live.push_back(slot);
       }
       float largest = -INFINITY;
@@ -272,7 +271,7 @@ void attention(const T* q, const T* k, const T* v, const T* added, const bool* k
         for (int64_t r = 0; r < some; ++r) row[r] = k + b * k_at[0] + group * k_at[1] + live[first + r] * k_at[2];
         some_dots(row, some, query.data(), d, y);
         for (int64_t r = 0; r < some; ++r) {
-          float total = score[live[first + r]] += y[r];
+          float total = score[live[first + r]] += softcap ? softcap * std::tanh(y[r]) : y[r];
           // "not below", so that NaN is kept
           if (!(total <= largest)) largest = total;
         }
@@ -322,12 +321,12 @@ void attention(const T* q, const T* k, const T* v, const T* added, const bool* k
                                    int64_t tokens, int64_t n) {                                              \
     compact(values, threshold, index, count, tokens, n);                                                     \
   }                                                                                                          \
-  extern "C" void attention_##SUFFIX(const T* q, const T* k, const T* v, const T* added, const bool* kept,  \
-                                     const bool* chosen, T* out, int64_t batch, int64_t heads,               \
+  extern "C" void attention_##SUFFIX(const T* q, const T* k, const T* v, const float* added,                \
+                                     const bool* kept, const bool* chosen, T* out, int64_t batch, int64_t heads,               \
                                      int64_t kv_heads, int64_t slots, int64_t d, int64_t d_out,              \
-                                     const int64_t* strides, float scale, int threads) {                     \
+                                     const int64_t* strides, float scale, float softcap, int threads) {      \
     attention(q, k, v, added, kept, chosen, out, batch, heads, kv_heads, slots, d, d_out, strides, scale,    \
-              threads);                                                                                      \
+              softcap, threads);                                                                             \
   }
 
 FOR_TYPE(float32, float)

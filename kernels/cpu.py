@@ -27,7 +27,7 @@ _SIGNATURES = {
     "rows": [_P] * 7 + [_L] * 6 + [_I] * 3,
     "sum": [_P] * 4 + [_L] * 5 + [_I] * 2,
     "select": [_P] * 6 + [_L] * 4 + [_I] * 2,
-    "attention": [_P] * 7 + [_L] * 6 + [_P, ctypes.c_float, _I],
+    "attention": [_P] * 7 + [_L] * 6 + [_P, ctypes.c_float, ctypes.c_float, _I],
     "compact": [_P, ctypes.c_float, _P, _P, _L, _L],
 }
 
@@ -147,8 +147,9 @@ def compacted(values: Tensor, threshold: float) -> tuple[Tensor, Tensor] | None:
 
 
 def attended(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, keep: Tensor | None
-) -> Tensor | None:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float,
+    keep: Tensor | None,
+) -> Tensor | None:  # fmt: skip
     """`attention_reference`, or None where there is no C++ form."""
     form = function("attention", q.dtype)
     last = [x.stride(-1) for x in (q, k, v)]
@@ -159,9 +160,10 @@ def attended(
     added = kept = None
     mask_strides = (0, 0, 0)
     if mask is not None:
+        mask = mask if mask.dtype is torch.bool else mask.float()
         mask = mask.expand(batch, heads, 1, slots)
         mask_strides = mask.stride()[0], mask.stride()[1], mask.stride()[3]
-        added, kept = (None, mask) if mask.dtype is torch.bool else (mask.to(q.dtype), None)
+        added, kept = (None, mask) if mask.dtype is torch.bool else (mask, None)
     keep = None if keep is None else keep.contiguous()
     strides = (ctypes.c_int64 * 11)(
         *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *mask_strides
@@ -169,6 +171,6 @@ def attended(
     form(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), _pointer(added), _pointer(kept),
         _pointer(keep), out.data_ptr(),
-        batch, heads, kv_heads, slots, d, d_out, strides, scale, torch.get_num_threads(),
+        batch, heads, kv_heads, slots, d, d_out, strides, scale, softcap, torch.get_num_threads(),
     )  # fmt: skip
     return out

@@ -1,8 +1,8 @@
 """Attention of a decode step by an op that reads the cache in place, and only what the mask allows.
 
-    scaled_dot_product_attention(q, expand(k), expand(v), mask)   ->   decode_attention(q, k, v, mask, scale)
+    scaled_dot_product_attention(q, expand(k), expand(v), mask)   ->   decode_attention(q, k, v, mask, ...)
 
-for one query per sequence. All heads run: nothing is lost.
+for one query per sequence, and for attention that is spelled out. All heads run: nothing is lost.
 """
 
 from dataclasses import dataclass
@@ -13,11 +13,9 @@ from torch import fx
 from dejavu_compile.kernels import cpu
 
 from .emit import Emitter
-from .find_heads import SDPA
-from .rewrite_heads import Attention, as_decode_attention
+from .read_attention import Attention, as_decode_attention, emit_attention
 from .separable import shape_of
 
-ops = torch.ops.dejavu
 FROM = 1 << 16  # elements of the keys: below, the call costs more than it saves
 
 
@@ -44,21 +42,13 @@ def _fits(found: Attention) -> bool:
 def use_decode_attention(gm: fx.GraphModule) -> Attended:
     """Replace what fits, in place."""
     emit, count = Emitter(gm), 0
-    for node in gm.graph.find_nodes(op="call_function", target=SDPA):
+    for node in tuple(gm.graph.nodes):
         found = as_decode_attention(node)
-        if found is None or not _fits(found):
-            continue
-        arguments = (found.q, found.k, found.v, found.mask, found.scale, None)
-        with emit.before(node):
-            if found.q.meta["val"].is_cuda:
-                more = emit.arrived(found.groups)
-                y = emit.call(ops.decode_attention.default, *arguments, more)
-            else:
-                y = emit.call(ops.decode_attention_cpu.default, *arguments)
-        node.replace_all_uses_with(y)
-        gm.graph.erase_node(node)
-        count += 1
+        if found is not None and _fits(found):
+            emit_attention(emit, found, None)
+            count += 1
     if count:
+        gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
     return Attended(count)

@@ -285,11 +285,16 @@ def _read_outside(user: fx.Node, node: fx.Node) -> Tensor:
 
 
 def demand(
-    start: fx.Node, label: Tensor, stop: Callable[[fx.Node], bool], reader: fx.Node
+    start: fx.Node,
+    label: Tensor,
+    stop: Callable[[fx.Node], bool],
+    reader: fx.Node,
+    opaque: frozenset[fx.Node] = frozenset(),
 ) -> Demand:
     """Push `label` back from `start`, which `reader` reads, to the values where `stop` holds.
 
-    A value whose every element is needed by many is left out: there is nothing to skip in it.
+    A value whose every element is needed by many is left out: there is nothing to skip in it. Those of
+    `opaque` (values that are written in place) are.
     """
     labels: dict[fx.Node, Tensor] = {start: label}
     region = {reader}
@@ -299,7 +304,7 @@ def demand(
         elif node in labels:
             for user in node.users.keys() - region:
                 labels[node] = _united(labels[node], _read_outside(user, node))
-            if bool((labels[node] == MANY).all()):
+            if node in opaque or bool((labels[node] == MANY).all()):
                 del labels[node]
                 continue
             if node.op != "call_function" or stop(node):

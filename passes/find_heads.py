@@ -15,11 +15,8 @@ import torch
 from torch import fx
 
 from .demand import MANY, Demand, demand, merged, sizes
-from .separable import IDENTITY, VIEWS, aten, is_pointwise
+from .separable import IDENTITY, SDPA, SOFTMAX, VIEWS, is_pointwise
 from .site import OwnedRows, Projection
-
-SDPA = aten.scaled_dot_product_attention.default
-SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
 
 AsProjection = Callable[[fx.Node], Projection | None]
 
@@ -62,7 +59,7 @@ def _owned(projection: Projection, label: torch.Tensor, units: int) -> OwnedRows
 
 
 def find_heads(
-    output: Projection, as_projection: AsProjection
+    output: Projection, as_projection: AsProjection, written: frozenset[fx.Node] = frozenset()
 ) -> tuple[int, tuple[OwnedRows, ...], tuple[fx.Node, ...]] | str:
     """(units, owned, cores) of the attention before `output`, or the reason that there is none."""
     width, shape = _head_dim(output), sizes(output.input)
@@ -72,25 +69,30 @@ def find_heads(
     if units < 2:
         return "its attention has a single head"
     label = torch.arange(units, dtype=torch.int32).repeat_interleave(width).expand(shape)
-    found = demand(output.input, label, lambda n: as_projection(n) is not None, output.node)
-    cores = _cores(found)
-    if not cores:
+    found = demand(
+        output.input, label, lambda n: as_projection(n) is not None, output.node, written
+    )
+    attended = _attended(found)
+    if not attended:
         return "its input isn't attention that keeps heads apart"
     owned = []
     for node, rows in found.labels.items():
         projection = as_projection(node)
-        if projection is not None and (owner := _owned(projection, rows, units)) is not None:
+        if projection is None or projection.input in written:
+            continue
+        if (owner := _owned(projection, rows, units)) is not None:
             owned.append(owner)
     if not owned:
         # Its queries are normalised over all heads at once, so each needs all rows: the cache and the output
         # projection can still be skipped.
-        entry = _entry(cores[0], as_projection)
+        entry = _entry(attended[0], as_projection)
         if entry is None:
             return "no projection was found before its attention"
         owned.append(
             OwnedRows(entry, torch.full((1,), MANY, dtype=torch.int32), entry.out_features)
         )
     # In graph order: the first is the one whose input later predictors read.
+    cores = tuple(node for node in attended if _in_order(found.labels[node], units))
     return units, tuple(sorted(owned, key=lambda o: o.projection.node)), cores
 
 
@@ -109,6 +111,14 @@ def _entry(core: fx.Node, as_projection: AsProjection) -> Projection | None:
     return None
 
 
-def _cores(found: Demand) -> tuple[fx.Node, ...]:
+def _attended(found: Demand) -> tuple[fx.Node, ...]:
     """The attention ops of a region, in graph order."""
     return tuple(sorted(n for n in found.region if n.target is SDPA or n.target in SOFTMAX))
+
+
+def _in_order(label: torch.Tensor, units: int) -> bool:
+    """The heads of [batch, heads, ...] or [batch * heads, ...] are the units, in their order."""
+    head = merged(label, tuple(range(label.dim() - 2, label.dim()))).reshape(label.shape[:-2])
+    if head.numel() % units or (head.dim() == 2 and head.shape[1] != units):
+        return False
+    return bool((head.reshape(-1, units) == torch.arange(units)).all())

@@ -18,6 +18,7 @@ from torch import fx
 from dejavu_compile._compat import qualified_name
 
 from .find_heads import find_heads
+from .in_place import written
 from .separable import (
     ATTENTION,
     NONLINEAR_EXEMPT,
@@ -190,7 +191,7 @@ class _Region:
     leaves: dict[fx.Node, int]
 
 
-def _walk(output: Projection, escaping: set[fx.Node]) -> _Region:
+def _walk(output: Projection, escaping: set[fx.Node], in_place: frozenset[fx.Node]) -> _Region:
     """Everything separable behind `output.input`, ending at rows, parameters and `escaping` values."""
     interior: dict[fx.Node, int] = {}
     leaves: dict[fx.Node, int] = {}
@@ -203,6 +204,8 @@ def _walk(output: Projection, escaping: set[fx.Node]) -> _Region:
             if known != dim:
                 raise _NoSiteError(NoSite.NOT_SEPARABLE, f"{node} is read along two of its axes")
             continue
+        if node in in_place:
+            raise _NoSiteError(NoSite.NOT_SEPARABLE, f"{node} is written in place")
         if (
             node in escaping
             or _rows(node, dim) is not None
@@ -226,7 +229,7 @@ def _no_site(node: fx.Node, immediate: bool) -> _NoSiteError:
             NoSite.ATTENTION,
             f"its input merges two axes ({op})",
         )
-    if node.target in ATTENTION or node.target is aten.matmul.default:
+    if node.target in ATTENTION:
         return _NoSiteError(
             NoSite.ATTENTION,
             f"its input comes from attention ({op})",
@@ -243,11 +246,11 @@ VIEWS_THAT_SPLIT = {aten.view.default, aten.reshape.default, aten._unsafe_view.d
                     aten.flatten.using_ints}  # fmt: skip
 
 
-def _region(output: Projection) -> _Region:
+def _region(output: Projection, in_place: frozenset[fx.Node]) -> _Region:
     """The largest region in which no interior value is read from outside."""
     escaping: set[fx.Node] = set()
     while True:
-        region = _walk(output, escaping)
+        region = _walk(output, escaping, in_place)
         inside = {*region.interior, output.node}
         found = {node for node in region.interior if not inside.issuperset(node.users)}
         if not found:
@@ -256,9 +259,9 @@ def _region(output: Projection) -> _Region:
 
 
 def _leaf(
-    node: fx.Node, dim: int, region: _Region, output: Projection, outputs: set[fx.Node]
+    node: fx.Node, dim: int, region: _Region, output: Projection, taken: frozenset[fx.Node]
 ) -> Leaf:
-    """Classify where the region begins."""
+    """Classify where the region begins. `taken`: projections, and inputs of some, that have to run as they are."""
 
     def inside(user: fx.Node) -> bool:
         return user in region.interior or user is output.node
@@ -266,7 +269,9 @@ def _leaf(
     if node.op in ("placeholder", "get_attr") and len(shape_of(node)) == 1:
         return Leaf(LeafKind.VECTOR, node, dim)
     rows = _rows(node, dim)
-    if rows is None or dim != len(shape_of(node)) - 1 or rows.projection.node in outputs:
+    if rows is None or dim != len(shape_of(node)) - 1:
+        return Leaf(LeafKind.DENSE, node, dim)
+    if not taken.isdisjoint((rows.projection.node, rows.projection.input)):
         return Leaf(LeafKind.DENSE, node, dim)
     if not all(map(inside, node.users)):
         return Leaf(LeafKind.DENSE, node, dim)
@@ -345,16 +350,18 @@ def _layer(name: str, ordinal: int) -> int:
     return int(numbers[0]) if numbers else ordinal
 
 
-def _site(output: Projection, ordinal: int, outputs: set[fx.Node]) -> Site:
+def _site(
+    output: Projection, ordinal: int, outputs: frozenset[fx.Node], in_place: frozenset[fx.Node]
+) -> Site:
     """The site of an output projection, or `_NoSiteError`.
 
     `outputs` are the output projections of earlier sites: their rows can't be skipped a second time.
     """
     value = output.input.meta["val"]
-    region = _region(output)
+    region = _region(output, in_place)
     interior = tuple(sorted(region.interior))
     leaves = tuple(
-        _leaf(node, dim, region, output, outputs) for node, dim in region.leaves.items()
+        _leaf(node, dim, region, output, outputs | in_place) for node, dim in region.leaves.items()
     )
     if not interior or all(node.target in NONLINEAR_EXEMPT for node in interior):
         if len(region.leaves) == 1 and not interior and not _rows(output.input, value.dim() - 1):
@@ -376,9 +383,9 @@ def _site(output: Projection, ordinal: int, outputs: set[fx.Node]) -> Site:
     )
 
 
-def _attention(output: Projection, ordinal: int) -> Site | str:
+def _attention(output: Projection, ordinal: int, in_place: frozenset[fx.Node]) -> Site | str:
     """The site of an output projection whose input is attention, or the reason that there is none."""
-    found = find_heads(output, as_projection)
+    found = find_heads(output, as_projection, in_place)
     if isinstance(found, str):
         return found
     units, owned, cores = found
@@ -392,17 +399,18 @@ def find_sites(gm: fx.GraphModule) -> Found:
     """Every projection of a normalised graph, as the output of a site or as unmatched with its reason."""
     sites: list[Site] = []
     unmatched: list[Unmatched] = []
+    in_place = written(gm.graph)
     for node in gm.graph.nodes:
         projection = as_projection(node)
         if projection is None:
             continue
         try:
-            outputs = {site.output.node for site in sites}
-            sites.append(_site(projection, len(sites), outputs))
+            outputs = frozenset(site.output.node for site in sites)
+            sites.append(_site(projection, len(sites), outputs, in_place))
         except _NoSiteError as no:
             code, reason = no.code, no.reason
             if code is NoSite.ATTENTION:
-                heads = _attention(projection, len(sites))
+                heads = _attention(projection, len(sites), in_place)
                 if isinstance(heads, Site):
                     sites.append(heads)
                     continue

@@ -21,6 +21,7 @@ from dejavu_compile.kernels.gemv import MOST
 
 from .emit import Emitter
 from .find_sites import as_projection
+from .in_place import written
 from .separable import aten, shape_of
 from .site import Projection
 
@@ -142,12 +143,14 @@ def _as_one(emit: Emitter, group: list[_Member]) -> None:
 
 def use_gemv(gm: fx.GraphModule, max_tokens: int = 1) -> Replaced:
     """Replace what fits, in place."""
-    groups = defaultdict(list)
+    groups, in_place = defaultdict(list), written(gm.graph)
     for node in gm.graph.nodes:
         member = _owned(node)
         if member is None:
             projection = as_projection(node)
-            if projection is None or not _fits(projection, max_tokens):
+            if projection is None or projection.input in in_place:
+                continue
+            if not _fits(projection, max_tokens):
                 continue
             member = _Member(node, projection.input, projection.weight, projection.bias)
         groups[_shared(member)].append(member)

@@ -2,6 +2,7 @@
 
     torch.nn.functional.linear(x, w, b)     ->      aten.linear(x, w, b)
     x @ w.T, addmm, Conv1D, ...             ->      aten.matmul(x, aten.numpy_T(w)), aten.addmm, ...
+    h.relu_() of a value that is read nowhere else  ->      aten.relu(h)
 
 `linear` and `scaled_dot_product_attention` stay single nodes. The new graph is put INTO the same
 GraphModule, and placeholders keep their meta and source: Inductor finds parameters, the compile id and
@@ -15,6 +16,8 @@ from typing import Any
 from torch import fx
 
 from dejavu_compile._compat import trace_to_aten
+
+from .in_place import make_functional
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,5 +67,6 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
             new._dynamo_source = source
     _adopt_constants(gm, traced)
     gm.graph = traced.graph
+    make_functional(gm.graph)
     gm.recompile()
     return Normalized(gm, before)

@@ -6,13 +6,11 @@
     q = gemv(x, [Wq], [bq], "identity", owner, score); y = decode_attention(rope(q), k, v, score)
     o = head_sum(merge_heads(y), Wo.T, score)
 
-Each token has its own selection: the heads whose score isn't at most zero. Heads keep their places, so the ops in between stay as they are: what they
-compute for other heads is read by nothing. Keys and values that a cache needs are computed for every head.
-Attention spelled out op by op (scores, softmax, values) runs for all heads, between sparse projections.
+Each token has its own selection: the heads whose score isn't at most zero. Heads keep their places, so the
+ops in between stay as they are: what they compute for other heads is read by nothing. Keys and values that a
+cache needs are computed for every head. Attention that `read_attention` can't read runs for all heads, between
+sparse projections.
 """
-
-import sys
-from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -20,80 +18,11 @@ from torch import fx
 import dejavu_compile.kernels  # noqa: F401  registers torch.ops.dejavu
 
 from .emit import Emitter
-from .find_heads import SDPA
+from .read_attention import as_decode_attention, emit_attention
 from .separable import aten, shape_of
 from .site import Decision, Execution, OwnedRows, Projection
 
 ops = torch.ops.dejavu
-NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """The arguments of a `scaled_dot_product_attention` node with one query per sequence."""
-
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    mask: fx.Node | None
-    scale: float
-
-    @property
-    def groups(self) -> int:
-        """Sequences times heads of keys."""
-        return shape_of(self.q)[0] * shape_of(self.k)[1]
-
-
-def as_decode_attention(node: fx.Node) -> Attention | None:
-    """Read a node as attention that `decode_attention` computes, keys shared by heads read where they are."""
-    if node.target is not SDPA:
-        return None
-    found = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None,
-             **dict(zip(NAMES, node.args, strict=False)), **node.kwargs}  # fmt: skip
-    q, k, v, mask = (found[n] for n in ("query", "key", "value", "attn_mask"))
-    if len(shape_of(q)) != 4 or shape_of(q)[2] != 1 or found["dropout_p"] or found["is_causal"]:
-        return None
-    if mask is not None and (
-        len(shape_of(mask)) != 4 or mask.meta["val"].dtype not in {torch.bool, q.meta["val"].dtype}
-    ):
-        return None
-    scale = found["scale"] if found["scale"] is not None else shape_of(q)[3] ** -0.5
-    shared = _unexpanded(k), _unexpanded(v)
-    if shape_of(shared[0])[1] == shape_of(shared[1])[1]:
-        k, v = shared
-    return Attention(q, k, v, mask, scale)
-
-
-def _unexpanded(node: fx.Node) -> fx.Node:
-    """The [b, g, s, d] value that `node` repeats for the heads of each group, or `node` itself.
-
-    `repeat_kv` is an unsqueeze, an expand and a reshape: a copy of the whole cache each step.
-    """
-    reshaped = node
-    while reshaped.target in (aten.clone.default, aten.contiguous.default):
-        reshaped = reshaped.args[0]
-    if reshaped.target not in (aten.reshape.default, aten.view.default, aten._unsafe_view.default):
-        return node
-    expanded = reshaped.args[0]
-    if expanded.target is not aten.expand.default or len(shape_of(expanded)) != 5:
-        return node
-    unsqueezed = expanded.args[0]
-    while _slices_nothing(unsqueezed):  # x[:, :, None, :, :] with a length that has no number
-        unsqueezed = unsqueezed.args[0]
-    if unsqueezed.target is not aten.unsqueeze.default or unsqueezed.args[1] not in (2, -3):
-        return node
-    base = unsqueezed.args[0]
-    (_, groups, repeats, *_), (_, heads, *_) = shape_of(expanded), shape_of(reshaped)
-    if shape_of(base)[1] != groups or groups * repeats != heads:
-        return node
-    return base
-
-
-def _slices_nothing(node: fx.Node) -> bool:
-    if node.target is not aten.slice.Tensor:
-        return False
-    _, _, start, stop, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
-    return start in (0, None) and step == 1 and (stop is None or stop == sys.maxsize)
 
 
 def _tokens_by(emit: Emitter, value: fx.Node, width: int) -> fx.Node:
@@ -167,13 +96,7 @@ def rewrite_heads(emit: Emitter, decision: Decision, tag: str) -> None:
             _rows(emit, owned, score, f"dejavu_{tag}_owner{i}")
     for core in site.cores:
         attention = as_decode_attention(core)
-        if attention is not None and shape_of(attention.q)[1] == site.units:
-            with emit.before(core):
-                y = emit.call(
-                    ops.decode_attention.default,
-                    attention.q, attention.k, attention.v, attention.mask, attention.scale, score,
-                    emit.arrived(attention.groups),
-                )  # fmt: skip
-            emit.replace(core, y)
+        if attention is not None:
+            emit_attention(emit, attention, score)
     with emit.before(site.output.node):
         _output(emit, site.output, score)

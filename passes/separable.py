@@ -52,10 +52,10 @@ NONLINEAR_EXEMPT = MULTIPLY | DIVIDE | ADD | IDENTITY | VIEWS | {
     aten.add.Scalar, aten.sub.Scalar, aten.neg.default, aten.transpose.int, aten.permute.default,
 }  # fmt: skip
 
-ATTENTION = {
-    aten.scaled_dot_product_attention.default, aten.bmm.default, aten.baddbmm.default,
-    aten.softmax.int, aten._softmax.default, aten._safe_softmax.default,
-}  # fmt: skip
+SDPA = aten.scaled_dot_product_attention.default
+SOFTMAX = {aten.softmax.int, aten._softmax.default, aten._safe_softmax.default}
+PRODUCTS = {aten.bmm.default, aten.matmul.default}
+ATTENTION = {SDPA, *SOFTMAX, *PRODUCTS, aten.baddbmm.default}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +121,15 @@ def _broadcast_inputs(node: fx.Node, dim: int) -> Iterator[OnAxis]:
 def _view_input_dim(node: fx.Node, dim: int) -> int | None:
     """Where the axis lies in the input of a view that keeps it whole, else None."""
     out, source = shape_of(node), shape_of(node.args[0])
-    inner = _sizes(out[dim + 1 :])
     for at in reversed(range(len(source))):
-        if source[at] == out[dim] and _sizes(source[at + 1 :]) == inner:
+        if source[at] == out[dim] and same_size(source[at + 1 :], out[dim + 1 :]):
             return at
     return None
+
+
+def same_size(one: tuple, other: tuple) -> bool:
+    """Two shapes hold as many elements, whatever their symbols stand for."""
+    return _sizes(one) == _sizes(other)
 
 
 def _sizes(shape: tuple) -> tuple[int, tuple[str, ...]]:

@@ -377,13 +377,14 @@ MASKS = {
 )
 @pytest.mark.parametrize("share", ["none", "some", "all", "dense"])
 @pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "slots", "d"),
     [(4, 2, 150, 12)]
     if INTERPRETED
     else [(4, 2, 150, 12), (32, 8, 4096, 128), (7, 1, 513, 64), (72, 72, 700, 128)],
 )
-def test_decode_attention(dtype, share, mask, heads, kv_heads, slots, d):
+def test_decode_attention(dtype, share, mask, softcap, heads, kv_heads, slots, d):
     batch = 2
     q = randn(batch, heads, 1, d, dtype=dtype)
     k, v = (randn(batch, kv_heads, slots, d, dtype=dtype) for _ in range(2))
@@ -391,7 +392,7 @@ def test_decode_attention(dtype, share, mask, heads, kv_heads, slots, d):
     if mask is not None:
         mask = mask.to(DEVICE) if mask.dtype is torch.bool else mask.to(DEVICE, dtype)
     score = None if share == "dense" else scores(batch, heads, share)
-    exact = attention_reference(q.float(), k.float(), v.float(), mask, 0.3, score)
+    exact = attention_reference(q.float(), k.float(), v.float(), mask, 0.3, softcap, score)
     if score is not None:
         q = q.masked_fill(~running(score)[:, :, None, None], float("nan"))
     for config in (
@@ -399,6 +400,6 @@ def test_decode_attention(dtype, share, mask, heads, kv_heads, slots, d):
         {**ATTENTION.attention_config(batch * kv_heads, slots), "splits": 1, "per_split": 4096},
     ):
         got = ATTENTION.launch_attention(
-            ATTENTION._attention_kernel, q, k, v, mask, 0.3, score, ARRIVED, config
+            ATTENTION._attention_kernel, q, k, v, mask, 0.3, softcap, score, ARRIVED, config
         )
         assert_close(got, exact, dtype)

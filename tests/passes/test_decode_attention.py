@@ -55,6 +55,123 @@ def test_shared_keys_and_values_are_read_in_place():
     torch.testing.assert_close(got, model(*inputs(kv_heads=2)), rtol=1e-5, atol=1e-5)
 
 
+def eager(q, k, v, mask=None):
+    """Llama's, Gemma 2's: keys repeated for the heads of each group, a soft cap, an added mask."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (
+        x[:, :, None].expand(-1, -1, groups, -1, -1).reshape(x.shape[0], -1, *x.shape[2:])
+        for x in (k, v)
+    )
+    logits = torch.matmul(q, k.transpose(2, 3)) * 0.25
+    logits = torch.tanh(logits / 30.0) * 30.0
+    logits = logits if mask is None else logits + mask
+    weight = F.dropout(logits.softmax(-1, dtype=torch.float32).to(q.dtype), 0.1, training=False)
+    return weight @ v
+
+
+def alibi(q, k, v, bias):
+    """Bloom's: one matrix product of all heads of all sequences."""
+    (b, h, _, d), s = q.shape, k.shape[2]
+    logits = bias.baddbmm(
+        q.reshape(b * h, 1, d), k.reshape(b * h, s, d).transpose(1, 2), alpha=d**-0.5
+    )
+    weight = F.softmax(logits.view(b, h, 1, s), dim=-1).view(b * h, 1, s)
+    return torch.bmm(weight, v.reshape(b * h, s, d)).view(b, h, 1, d)
+
+
+def filled(q, k, v, mask):
+    """MPT's and GPT-J's: in fp32, divided by a tensor, a bias per head, then masked."""
+    logits = q.float() @ k.float().transpose(-1, -2) / torch.tensor(4.0)
+    logits = logits + torch.arange(q.shape[1]).view(-1, 1, 1) * 0.1
+    logits = logits.masked_fill(mask, torch.finfo(torch.float32).min)
+    return logits.softmax(-1).to(v.dtype) @ v
+
+
+def chosen(q, k, v, mask):
+    """GPT-Neo's: where."""
+    logits = torch.where(mask, q @ k.mT, torch.finfo(q.dtype).min)
+    return torch.softmax(logits, -1) @ v
+
+
+def merged(q, k, v):
+    """nn.MultiheadAttention's: heads of all sequences in one axis."""
+    q, k, v = (x.flatten(0, 1) for x in (q * 0.25, k, v))
+    return torch.bmm(torch.softmax(torch.bmm(q, k.transpose(1, 2)), dim=-1), v)
+
+
+MASKED = torch.arange(20) > 12
+SPELLINGS = {
+    "gqa": (eager, 2, None),
+    "gqa, masked": (eager, 2, torch.where(MASKED, -1e30, 0.0).expand(2, 1, 1, 20)),
+    "mha, per head": (eager, 4, torch.linspace(-2, 2, 80).view(1, 4, 1, 20)),
+    "alibi": (alibi, 4, torch.linspace(-2, 2, 160).view(8, 1, 20)),
+    "filled": (filled, 4, MASKED.expand(2, 1, 1, 20)),
+    "chosen": (chosen, 4, ~MASKED.expand(2, 1, 1, 20)),
+    "merged": (merged, 4, None),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_attention_that_is_spelled_out_is_replaced(name):
+    spelling, kv_heads, mask = SPELLINGS[name]
+
+    class SpelledOut(torch.nn.Module):
+        def forward(self, q, k, v, *mask):
+            return spelling(q, k, v, *mask) + 1
+
+    arguments = (*inputs(kv_heads=kv_heads), *([] if mask is None else [mask]))
+    got, recorder, count = run(SpelledOut(), *arguments)
+    assert count == 1
+    left = {t.split(".")[1] for t in recorder.targets}
+    assert left.isdisjoint({"softmax", "_softmax", "bmm", "matmul", "baddbmm"}), left
+    assert "expand" not in left, "shared keys are read where they are"
+    doubles = [x.double() if x.is_floating_point() else x for x in arguments]
+    want = spelling(*doubles) + 1
+    models.assert_near(got, want, 1e-5)
+
+
+def written_to(q, k, v):
+    logits = q @ k.mT
+    logits.view(-1).mul_(0.25)
+    return logits.softmax(-1) @ v
+
+
+def weights_returned(q, k, v):
+    weight = (q @ k.mT).softmax(-1)
+    return torch.cat((weight @ v, weight[..., :16]), 2)
+
+
+def sink(q, k, v):
+    logits = torch.cat((q @ k.mT, q.mean(-1, keepdim=True)), -1)
+    return logits.softmax(-1)[..., :-1] @ v
+
+
+def scaled_bias(q, k, v):
+    return ((q @ k.mT + k[..., :1].mT) * 0.25).softmax(-1) @ v
+
+
+def over_heads(q, k, v):
+    return (q @ k.mT).softmax(1) @ v
+
+
+def other_side(q, k, v):
+    return (v.mT @ (q @ k.mT).softmax(-1).mT).mT
+
+
+@pytest.mark.parametrize(
+    "spelling", [written_to, weights_returned, sink, scaled_bias, over_heads, other_side]
+)
+def test_what_only_looks_like_attention_is_left_alone(spelling):
+    class LooksLikeIt(torch.nn.Module):
+        def forward(self, q, k, v):
+            return spelling(q, k, v) + 1
+
+    got, recorder, count = run(LooksLikeIt(), *inputs())
+    assert count == 0
+    assert models.listing(recorder.gm) == recorder.before
+    models.assert_near(got, spelling(*(x.double() for x in inputs())) + 1, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("model", "args"),
     [
