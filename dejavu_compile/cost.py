@@ -1,47 +1,55 @@
-"""Bytes of weights that a site reads, in closed form, and where sparse stops paying.
+"""Bytes that a site reads a step, in closed form, and where sparse stops paying.
 
-At batch 1 a decode step takes as long as reading its weights does, so bytes stand for time. With n units
-of u bytes each, density rho, a predictor of P bytes and a carrier that costs c bytes a unit:
+Decode takes as long as its reading does, so bytes stand for time. With n units of u weight bytes each,
+density rho, a predictor of P bytes, a carrier that costs c bytes a unit, and, for attention, K bytes of
+cached keys and values a unit and sequence, m tokens (each of a sequence of its own) read
 
-    dense            n u
-    predict          rho_m n u + P
-    exact, gate      n c + rho_m n (u - c)
+    dense                   n u                          + m n K
+    exact, gate             n c + rho_m n (u - c)
+    predict                 rho_m n u + P                + m rho n K
+    predict, cache only     n u + P                      + m rho n K
 
-For m tokens at once the union of their selections runs: rho_m = 1 - (1 - rho)^m if they choose
-independently, which is the worst case, since tokens of one text agree more.
+Weights are read for the union of the tokens' selections: rho_m = 1 - (1 - rho)^m if they choose
+independently, which is the worst case, since tokens of one text agree more. A cache belongs to one
+sequence, so no batch makes its saving smaller.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import sympy
+import torch
 
-from dejavu_compile.passes.site import Carrier, Policy, Site
+from dejavu_compile.passes.demand import sizes
+from dejavu_compile.passes.read_attention import as_decode_attention
+from dejavu_compile.passes.site import Carrier, Execution, Policy, Site
 
 n, u, c, P, m = sympy.symbols("n u c P m", positive=True)
+K = sympy.Symbol("K", nonnegative=True)
 rho = sympy.Symbol("rho", nonnegative=True)
 
 UNION = 1 - (1 - rho) ** m
+CACHE = m * rho * n * K
 BYTES = {
-    Policy.DENSE: n * u,
-    Policy.PREDICT: UNION * n * u + P,
+    Policy.DENSE: n * u + m * n * K,
+    Policy.PREDICT: UNION * n * u + P + CACHE,
     Policy.EXACT: n * c + UNION * n * (u - c),
     Policy.GATE: n * c + UNION * n * (u - c),
 }
+BYTES_CACHE_ONLY = n * u + P + CACHE
 
 
 @cache
-def _compiled(policy: Policy) -> object:
-    return sympy.lambdify((n, u, c, P, m, rho), BYTES[policy])
+def _compiled(form: sympy.Expr) -> Callable[..., float]:
+    return sympy.lambdify((n, u, c, P, K, m, rho), form)
 
 
 @cache
-def _break_even(policy: Policy) -> object:
+def _break_even(policy: Policy) -> Callable[..., float]:
     """Density at which a policy reads as much as dense, for one token."""
-    if policy is Policy.DENSE:
-        return None
     (solution,) = sympy.solve((BYTES[policy] - BYTES[Policy.DENSE]).subs(m, 1), rho)
-    return sympy.lambdify((n, u, c, P), solution)
+    return sympy.lambdify((n, u, c, P, K), solution)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,32 +60,46 @@ class SiteCost:
     bytes_per_unit: int
     carrier_bytes_per_unit: int
     predictor_bytes: int
+    cache_bytes_per_unit: int = 0  # a sequence
 
-    def bytes(self, policy: Policy, density: float, tokens: int = 1) -> float:
+    def bytes(
+        self, policy: Policy, density: float, tokens: int = 1,
+        execution: Execution = Execution.GATHERED,
+    ) -> float:  # fmt: skip
         """Bytes read a step under `policy`."""
-        return float(
-            _compiled(policy)(
-                self.units, self.bytes_per_unit, self.carrier_bytes_per_unit,
-                self.predictor_bytes, tokens, density,
-            )
-        )  # fmt: skip
+        form = BYTES_CACHE_ONLY if execution is Execution.CACHE else BYTES[policy]
+        return float(_compiled(form)(*self._sizes, tokens, density))
 
     def break_even(self, policy: Policy) -> float:
         """The density above which `policy` reads more than dense, at one token."""
-        if policy is Policy.DENSE:
-            return 1.0
-        solve = _break_even(policy)
-        value = solve(
-            self.units, self.bytes_per_unit, self.carrier_bytes_per_unit, self.predictor_bytes
-        )
-        return float(value)
+        return 1.0 if policy is Policy.DENSE else float(_break_even(policy)(*self._sizes))
+
+    @property
+    def _sizes(self) -> tuple[int, ...]:
+        return (self.units, self.bytes_per_unit, self.carrier_bytes_per_unit, self.predictor_bytes,
+                self.cache_bytes_per_unit)  # fmt: skip
 
 
 def cost_of(site: Site, carrier: Carrier | None, predictor_bytes: int) -> SiteCost:
-    """Read a site's numbers off the graph."""
+    """Read a site's numbers off the graph; a cache whose length has no number yet counts as it is now."""
     itemsize = site.output.weight.meta["val"].element_size()
     needed = carrier.needs if carrier is not None else frozenset()
     carrier_bytes = sum(
         leaf.projection.in_features * itemsize for leaf in site.row_leaves if leaf.node in needed
     )
-    return SiteCost(site.units, site.bytes_per_unit, carrier_bytes, predictor_bytes)
+    return SiteCost(
+        site.units, site.bytes_per_unit, carrier_bytes, predictor_bytes, _cache_bytes(site)
+    )
+
+
+def _cache_bytes(site: Site) -> int:
+    """Bytes of keys and values that a decode step reads for one head, where heads can be left out."""
+    total = 0
+    for core in site.cores:
+        attention = as_decode_attention(core)
+        if attention is None:
+            return 0
+        for value in (attention.k, attention.v):
+            itemsize = value.meta["val"].element_size()
+            total += torch.Size(sizes(value)).numel() * itemsize // attention.batch
+    return total // site.units

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from dejavu_compile.passes.site import Found
+from dejavu_compile.passes.site import Found, Policy
 
 from .backend import prepare
 from .options import Options
@@ -97,7 +97,7 @@ def _site_report(plan: SitePlan) -> SiteReport:
     shown = plan.wanted if plan.wanted is not None else policy
     return SiteReport(
         name=site.name, kind=str(site.kind), layer=site.layer, units=site.units, policy=str(policy),
-        density=plan.density, reason=plan.reason, bytes_dense=site.bytes_dense,
+        density=plan.density, reason=plan.reason, bytes_dense=round(plan.cost.bytes(Policy.DENSE, 1.0)),
         bytes_sparse=round(plan.cost.bytes(policy, density)),
         break_even=plan.cost.break_even(shown),
     )  # fmt: skip

@@ -122,14 +122,32 @@ def _policy(site: Site, attachment: Attachment | None, options: Options) -> tupl
     )
 
 
-def _check_tokens(site: Site, options: Options) -> int:
+def _executions(site: Site, cost: SiteCost, options: Options) -> list[Execution]:
+    """The ways to run part of a site for the tokens that this graph has."""
+    if options.execution is ExecutionMode.MASKED:
+        return [Execution.MASKED]
     tokens = site.num_tokens
     if tokens is None:
         raise _StayDenseError("the number of tokens is symbolic: prefill runs dense")
-    limit = min(options.max_tokens, KERNEL_TOKENS)
-    if tokens > limit:
+    ways = [Execution.CACHE] if cost.cache_bytes_per_unit else []
+    # A head is chosen for one sequence; MLP units run for the union of the tokens' selections.
+    limit = KERNEL_TOKENS if ways else min(options.max_tokens, KERNEL_TOKENS)
+    if tokens <= limit:
+        ways.append(Execution.GATHERED)
+    if not ways:
         raise _StayDenseError(f"{tokens} tokens a step are more than {limit}: prefill runs dense")
-    return tokens
+    return ways
+
+
+def _cheapest(
+    ways: list[Execution], policy: Policy, density: float, cost: SiteCost, tokens: int
+) -> Execution:
+    """The way to carry out `policy` that reads least."""
+    read = {way: cost.bytes(policy, density, tokens, way) for way in ways}
+    best = min(ways, key=read.__getitem__)
+    if read[best] >= cost.bytes(Policy.DENSE, 1.0, tokens):
+        raise _StayDenseError(f"at density {density:.2f} it would read more than dense does")
+    return best
 
 
 def _decide(
@@ -144,8 +162,8 @@ def _decide(
     try:
         if options.execution is ExecutionMode.DENSE:
             raise _StayDenseError("option dejavu.execution is 'dense'")
-        masked = options.execution is ExecutionMode.MASKED
-        tokens = 1 if masked else _check_tokens(site, options)
+        ways = _executions(site, cost, options)
+        execution = ways[-1]
         policy, reason = _policy(site, attachment, options)
         if policy is Policy.DENSE:
             raise _StayDenseError("calibration chose dense")
@@ -155,11 +173,9 @@ def _decide(
             _check_fingerprint(site, attachment, weight)
             if policy is Policy.PREDICT:
                 source = _source(attachment, site, sites)
-            if not masked and cost.bytes(policy, density, tokens) >= cost.bytes(Policy.DENSE, 1.0):
-                raise _StayDenseError(
-                    f"at density {density:.2f} it would read more than dense does"
-                )
-        if not masked:
+            if execution is not Execution.MASKED:
+                execution = _cheapest(ways, policy, density, cost, site.num_tokens)
+        if execution is Execution.GATHERED:
             wanted = [
                 layout
                 for layout in gathered_layouts(site, policy)
@@ -170,7 +186,7 @@ def _decide(
             if wanted:
                 raise _StayDenseError("its columns become contiguous after this first step")
         decision = Decision(
-            site, policy, Execution.MASKED if masked else Execution.GATHERED, source, predictor,
+            site, policy, execution, source, predictor,
             attachment.threshold if attachment is not None else 0.0,
         )  # fmt: skip
     except _StayDenseError as why:

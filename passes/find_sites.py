@@ -259,9 +259,10 @@ def _region(output: Projection, in_place: frozenset[fx.Node]) -> _Region:
 
 
 def _leaf(
-    node: fx.Node, dim: int, region: _Region, output: Projection, taken: frozenset[fx.Node]
-) -> Leaf:
-    """Classify where the region begins. `taken`: projections, and inputs of some, that have to run as they are."""
+    node: fx.Node, dim: int, region: _Region, output: Projection, outputs: frozenset[fx.Node],
+    in_place: frozenset[fx.Node],
+) -> Leaf:  # fmt: skip
+    """Classify where the region begins."""
 
     def inside(user: fx.Node) -> bool:
         return user in region.interior or user is output.node
@@ -271,7 +272,7 @@ def _leaf(
     rows = _rows(node, dim)
     if rows is None or dim != len(shape_of(node)) - 1:
         return Leaf(LeafKind.DENSE, node, dim)
-    if not taken.isdisjoint((rows.projection.node, rows.projection.input)):
+    if rows.projection.node in outputs or rows.projection.input in in_place:
         return Leaf(LeafKind.DENSE, node, dim)
     if not all(map(inside, node.users)):
         return Leaf(LeafKind.DENSE, node, dim)
@@ -361,7 +362,7 @@ def _site(
     region = _region(output, in_place)
     interior = tuple(sorted(region.interior))
     leaves = tuple(
-        _leaf(node, dim, region, output, outputs | in_place) for node, dim in region.leaves.items()
+        _leaf(node, dim, region, output, outputs, in_place) for node, dim in region.leaves.items()
     )
     if not interior or all(node.target in NONLINEAR_EXEMPT for node in interior):
         if len(region.leaves) == 1 and not interior and not _rows(output.input, value.dim() - 1):

@@ -190,6 +190,10 @@ def rewrite(gm: fx.GraphModule, decisions: tuple[Decision, ...]) -> Rewritten:
         if site.kind is SiteKind.ATTENTION:
             rewrite_heads(emit, decision, str(tag))
             continue
+        if decision.execution is Execution.CACHE:
+            raise ValueError(
+                f"{site.name}: an MLP has no cache; expected gathered or masked execution"
+            )
         if decision.execution is Execution.MASKED:
             if decision.policy is not Policy.EXACT:
                 with emit.before(site.output.node):

@@ -84,19 +84,20 @@ def _masked(emit: Emitter, decision: Decision, dropped: fx.Node) -> None:
 
 def rewrite_heads(emit: Emitter, decision: Decision, tag: str) -> None:
     """Carry out a decision about an attention site."""
-    site = decision.site
+    site, execution = decision.site, decision.execution
     with emit.before(decision.source.next):
         score = _score(emit, decision, tag)
-    if decision.execution is Execution.MASKED:
+    if execution is not Execution.MASKED:
+        for core in site.cores:
+            attention = as_decode_attention(core)
+            if attention is not None:
+                emit_attention(emit, attention, score)
+    if execution is not Execution.GATHERED:
         with emit.before(site.output.node):
             _masked(emit, decision, emit.call(aten.le.Scalar, score, 0.0))
         return
     for i, owned in enumerate(o for o in site.owned if o.per_unit):
         with emit.before(owned.projection.node):
             _rows(emit, owned, score, f"dejavu_{tag}_owner{i}")
-    for core in site.cores:
-        attention = as_decode_attention(core)
-        if attention is not None:
-            emit_attention(emit, attention, score)
     with emit.before(site.output.node):
         _output(emit, site.output, score)

@@ -22,6 +22,7 @@ class Execution(StrEnum):
     """How a selection is carried out."""
 
     GATHERED = "gathered"  # read only the selected units' weights: decode
+    CACHE = "cache"  # read only the selected heads' keys and values, all weights: decode of large batches
     MASKED = "masked"  # compute all, zero the others, each token on its own: measuring quality
 
 

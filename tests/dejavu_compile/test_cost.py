@@ -1,7 +1,7 @@
 import pytest
 
 from dejavu_compile.cost import SiteCost
-from dejavu_compile.passes.site import Policy
+from dejavu_compile.passes.site import Execution, Policy
 
 # A gated MLP in fp32: two leaves of 16 features and an output of 16, predictor of rank 4
 ROW = 16 * 4
@@ -57,3 +57,19 @@ def test_more_tokens_never_read_less_and_never_more_than_all():
         sizes = [GATED.bytes(policy, 0.2, tokens) for tokens in range(1, 9)]
         assert sizes == sorted(sizes)
         assert sizes[-1] <= GATED.bytes(policy, 1.0)
+
+
+def test_a_cache_is_read_a_sequence_and_weights_a_batch():
+    heads = SiteCost(
+        units=8, bytes_per_unit=100, carrier_bytes_per_unit=0, predictor_bytes=10,
+        cache_bytes_per_unit=1000,
+    )  # fmt: skip
+    assert heads.bytes(Policy.DENSE, 1.0, 4) == 8 * 100 + 4 * 8 * 1000
+    # Four sequences choose half each: of 16 heads, one is chosen by nobody
+    assert heads.bytes(Policy.PREDICT, 0.5, 4) == pytest.approx(
+        8 * 100 * 15 / 16 + 10 + 4 * 4 * 1000
+    )
+    cache_only = heads.bytes(Policy.PREDICT, 0.5, 4, Execution.CACHE)
+    assert cache_only == 8 * 100 + 10 + 4 * 4 * 1000
+    density = heads.break_even(Policy.PREDICT)
+    assert heads.bytes(Policy.PREDICT, density) == pytest.approx(heads.bytes(Policy.DENSE, 1.0))

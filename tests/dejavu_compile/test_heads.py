@@ -1,11 +1,11 @@
 """Heads: calibrated, kept, evaluated, compiled and run, from the public functions only."""
 
-import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from heads_oracle import HeadsByHooks, attention_sites, heads_only
 from tiny import selecting_everything, text, texts, tiny
 from transformers import StaticCache
 
@@ -15,57 +15,11 @@ from dejavu_compile.passes.site import SiteKind
 LAYERS = 3
 
 
-def attention_sites(calibration):
-    return [site for site in calibration.sites if site.kind is SiteKind.ATTENTION]
-
-
 @pytest.fixture(scope="module", params=["opt", "llama"])
 def calibrated(request):
     """Half of the heads, MLPs as their own policy wants them."""
     model = tiny(request.param, layers=LAYERS)
     return model, dv.calibrate(model, texts(), head_density=0.5, progress=False)
-
-
-def projections(model):
-    """(query, output) projections of each layer."""
-    inner = model.model
-    attentions = [x.self_attn for x in getattr(inner, "decoder", inner).layers]
-    return [(a.q_proj, a.out_proj if hasattr(a, "out_proj") else a.o_proj) for a in attentions]
-
-
-class HeadsByHooks:
-    """Eager, every head's predictor reading the attention input a layer earlier, in float64."""
-
-    def __init__(self, model, calibration):
-        self.inputs, self.kept, self.handles = {}, [], []
-        for number, (query, out) in enumerate(projections(model)):
-            site = attention_sites(calibration)[number]
-            self.handles.append(query.register_forward_pre_hook(self.remember(number)))
-            if site.predictor is not None:
-                self.handles.append(out.register_forward_pre_hook(self.zero(number, site)))
-
-    def remember(self, number):
-        return lambda module, args: self.inputs.__setitem__(number, args[0])
-
-    def zero(self, number, site):
-        predictor = site.predictor
-
-        def hook(module, args):
-            source = self.inputs[number - site.lookahead].double()
-            score = source @ predictor.up.double().T * predictor.scale + predictor.bias
-            keep = score > site.threshold
-            self.kept.append(keep.double().mean().item())
-            heads = args[0].unflatten(-1, (keep.shape[-1], -1))
-            return ((heads * keep[..., None]).flatten(-2),)
-
-        return hook
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        for handle in self.handles:
-            handle.remove()
 
 
 def test_layer_0_is_dense_and_the_others_read_a_layer_earlier(calibrated):
@@ -92,12 +46,6 @@ def test_predictor_is_one_matrix_within_its_budget(calibrated):
 @torch.no_grad()
 def test_masked_evaluation_equals_zeroing_heads_by_hooks(calibrated):
     model, calibration = calibrated
-    heads_only = calibration.with_sites(
-        s
-        if s.kind is SiteKind.ATTENTION
-        else dataclasses.replace(s, policy="dense", predictor=None)
-        for s in calibration.sites
-    )
     ids = text(11)
 
     def perplexity():
@@ -108,12 +56,10 @@ def test_masked_evaluation_equals_zeroing_heads_by_hooks(calibrated):
     with HeadsByHooks(model, calibration) as oracle:
         expected = perplexity()
     dv.detach(model)
-    from dejavu_compile.artifact import attach_calibration
-
-    attach_calibration(model, heads_only)
+    heads_only(calibration).attach(model)
     found = dv.evaluate(model, [ids])
-    attach_calibration(model, calibration)
-    assert 0.2 < sum(oracle.kept) / len(oracle.kept) < 0.8
+    calibration.attach(model)
+    assert 0.2 < oracle.density < 0.8
     assert found.perplexity_dense == pytest.approx(dense, rel=1e-5)
     assert found.perplexity_sparse == pytest.approx(expected, rel=2e-5)
     assert abs(expected / dense - 1) > 1e-4, "the oracle must tell sparse from dense"
@@ -153,14 +99,11 @@ def decode(model, forward, batch, steps=6, length=32):
 @pytest.mark.parametrize("batch", [1, 3])
 @torch.no_grad()
 def test_all_heads_selected_is_lossless_through_inductor(calibrated, batch, prepared):
-    from dejavu_compile.artifact import attach_calibration
-
     model, calibration = calibrated
-    everything = selecting_everything(calibration)
-    attach_calibration(model, everything)
+    selecting_everything(calibration).attach(model)
     want = decode(model, model.forward, batch)
     got = decode(model, torch.compile(model.forward, backend="dejavu"), batch)
-    attach_calibration(model, calibration)
+    calibration.attach(model)
     ran = [s for p in prepared for s in p.plan.sites if s.decision.policy == "predict"]
     assert any(s.site.kind is SiteKind.ATTENTION for s in ran)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()

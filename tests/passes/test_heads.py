@@ -58,9 +58,11 @@ class SelectingHeads:
         rewrite(gm, tuple(decisions))
         names = [d.site.name for d in decisions]
         use_gemv(gm, max_tokens=3)
-        sums = gm.graph.find_nodes(op="call_function", target=ops.head_sum.default)
+        attentions = gm.graph.find_nodes(
+            op="call_function", target=ops.decode_attention_cpu.default
+        )
         self.recorder = Recorder(
-            gm, {n.args[2]: name for n, name in zip(sums, names, strict=False)}
+            gm, {n.args[6]: name for n, name in zip(attentions, names, strict=False)}
         )
         self.targets = [str(n.target) for n in gm.graph.nodes]
         return lambda *args: self.recorder.run(*args)
@@ -92,11 +94,29 @@ def caches(model, kind, batch):
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", EVERY_NAME)
 def test_decode_equals_eager_with_other_heads_zeroed(name, batch, kind):
+    backend = SelectingHeads()
+    compare_with_eager(backend, name, batch, kind, STEPS)
+    # OLMo-2 normalises all heads' queries together: every query needs every row.
+    owned = [n for n in backend.recorder.module.graph.nodes if n.target is ops.gemv.default
+             and len(n.args) > 4]  # fmt: skip
+    assert len(owned) == (0 if name == "olmo2" else 1)
+    assert backend.targets.count("dejavu.head_sum.default") == 1
+    assert backend.targets.count("dejavu.decode_attention_cpu.default") == 1
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "bloom", "gemma2"])
+def test_batch_of_16_reads_the_cache_of_selected_heads_only(name):
+    backend = SelectingHeads(Execution.CACHE)
+    compare_with_eager(backend, name, batch=16, kind="dynamic", steps=8)
+    assert backend.targets.count("dejavu.head_sum.default") == 0
+    assert backend.targets.count("dejavu.decode_attention_cpu.default") == 1
+
+
+def compare_with_eager(backend, name, batch, kind, steps):
     if kind == "static" and name in ("bloom", "mpt"):
         pytest.skip(f"transformers' {name} has no static cache")
     more = {"max_position_embeddings": 128} if name == "opt" else {}
     model = tiny(name, layers=2, **more)
-    backend = SelectingHeads()
     sparse = torch.compile(model.forward, backend=backend)
     ours, theirs = caches(model, kind, batch), caches(model, kind, batch)
     fractions = []
@@ -104,7 +124,7 @@ def test_decode_equals_eager_with_other_heads_zeroed(name, batch, kind):
         prompt = text(0, batch, PROMPT)
         for cache in (ours, theirs):
             model.forward(prompt, past_key_values=cache)
-        for step in range(STEPS):
+        for step in range(steps):
             token, at = text(step, batch, 1), {}
             if (
                 name == "opt" and kind == "static"
@@ -122,8 +142,3 @@ def test_decode_equals_eager_with_other_heads_zeroed(name, batch, kind):
                 hook.remove()
             assert (got - want).abs().max() <= 1e-5 * want.abs().max(), f"step {step}"
     assert 0.2 < torch.stack(fractions).mean() < 0.8
-    # OLMo-2 normalises all heads' queries together: every query needs every row.
-    owned = [n for n in backend.recorder.module.graph.nodes if n.target is ops.gemv.default
-             and len(n.args) > 4]  # fmt: skip
-    assert len(owned) == (0 if name == "olmo2" else 1)
-    assert backend.targets.count("dejavu.head_sum.default") == 1

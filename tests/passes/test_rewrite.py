@@ -20,6 +20,8 @@ KEPT = {
     "all": list(range(UNITS)),
 }
 
+EXECUTIONS = (Execution.GATHERED, Execution.MASKED)  # the third has no meaning for MLPs
+
 
 def mask(units):
     keep = torch.zeros(UNITS, dtype=torch.bool)
@@ -49,13 +51,13 @@ def assert_only(model, x, keep, execution):
     models.assert_near(got, models.first(models.oracle(model, x, keep)))
 
 
-@pytest.mark.parametrize("execution", Execution)
+@pytest.mark.parametrize("execution", EXECUTIONS)
 @given(specs())
 def test_equals_dense_with_the_other_units_zeroed(execution, spec):
     assert_only(spec.model(), spec.input(), spec.keep(), execution)
 
 
-@pytest.mark.parametrize("execution", Execution)
+@pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("kept", KEPT)
 @pytest.mark.parametrize("name", ["conv1d", "interleaved_bias", "parallel", "escaping_up"])
 def test_counts_none_one_some_all(name, kept, execution):
@@ -63,7 +65,7 @@ def test_counts_none_one_some_all(name, kept, execution):
 
 
 @pytest.mark.parametrize("name", models.EXACT)
-@pytest.mark.parametrize("execution", Execution)
+@pytest.mark.parametrize("execution", EXECUTIONS)
 def test_exact_equals_dense(name, execution):
     model, x = TOYS[name].make(), models.tokens()
     got, recorder = rewritten(model, x, lambda site: Decision(site, Policy.EXACT, execution))
@@ -93,7 +95,7 @@ def test_gate_runs_units_that_any_token_selects(name):
         models.assert_near(got, models.oracle(model, x, keep))
 
 
-@pytest.mark.parametrize("execution", Execution)
+@pytest.mark.parametrize("execution", EXECUTIONS)
 def test_gate_of_dense_up(execution):
     model, x = models.EscapingUp(), models.tokens(count=1)
     keep = (F.silu(model.gate(x)) * model.up(x)).abs() > 0.05
