@@ -7,7 +7,8 @@ Random weights; predictors of the real byte size (5 % of an MLP) that select a f
 neurons, and of the heads where asked for, of every layer but the first. A time counts only after the same
 step's logits matched an oracle: the eager model with everything else zeroed. Static cache, full; the KV
 length is the cache's. Bytes are weights and cache read, predictors included; the floor is those bytes at the
-device's copy bandwidth. Variant `lossless` has nothing attached, `mlps` leaves attention dense.
+device's copy bandwidth. Variant `lossless` has nothing attached, `mlps` leaves attention dense, `gate` selects
+neurons by their activated gates instead of predictors.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import torch
 import dejavu_compile as dv
 from dejavu_compile.bench import (
     COPY_BANDWIDTH,
+    attach_gates,
     attach_random_predictors,
     build,
     cache_bytes,
@@ -67,7 +69,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         if variant != "lossless":
             density, heads = args.density, args.head_density
             heads = None if variant == "mlps" else heads
-            kept = attach_random_predictors(model, density, heads)
+            gated = variant == "gate"
+            kept = attach_random_predictors(model, None if gated else density, heads)
+            if gated:
+                kept += attach_gates(model, density, args.length, args.batch)
             expected = oracle_logits(model, kept, args.length, args.batch)
         add(f"dejavu {variant}", expected, density, heads, backend="dejavu", options=options)
     rows = result["rows"]
@@ -86,6 +91,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_gemv": {"dejavu.gemv": False},
     "auto": {},
     "lossless": {},  # nothing attached
+    "gate": {},  # MLPs by thresholds on their activated gates: Llama
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
 
 from dejavu_compile.passes.site import Policy, PredictorWeights
@@ -96,6 +97,7 @@ class Part:
     into: tuple[nn.Parameter, ...]
     out: nn.Parameter
     units: int
+    act: nn.Module | None = None  # of a gated MLP
 
     @property
     def num_bytes(self) -> int:
@@ -113,9 +115,10 @@ def mlps(model: nn.Module) -> list[Part]:
         ]
     mlp = [layer.mlp for layer in inner.layers]
     return [
-        Part((m.gate_proj.weight, m.up_proj.weight), m.down_proj.weight, m.down_proj.in_features)
+        Part((m.gate_proj.weight, m.up_proj.weight), m.down_proj.weight,
+             m.down_proj.in_features, m.act_fn)
         for m in mlp
-    ]
+    ]  # fmt: skip
 
 
 def attentions(model: nn.Module) -> list[Part]:
@@ -130,8 +133,24 @@ def attentions(model: nn.Module) -> list[Part]:
     return [Part((q.weight,), o.weight, heads) for q, o in found]
 
 
-# The columns of an output projection that a step reads.
-Kept = list[tuple[nn.Parameter, torch.Tensor]]
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a step runs of one part: some columns of `out`, or the units whose |act(gate)| passes a threshold."""
+
+    part: Part
+    columns: torch.Tensor | None = None
+    threshold: float = 0.0
+
+    def zero_others(self, modules: dict[int, nn.Module]) -> RemovableHandle:
+        """A hook on the eager model. `modules`: linear modules by the id of their weight."""
+        if self.columns is None:
+            return self.part.act.register_forward_hook(
+                lambda module, args, out: out * (out.abs() > self.threshold)
+            )
+        out = self.part.out
+        mask = torch.zeros(out.shape[1], dtype=out.dtype, device=out.device)
+        mask[self.columns.to(out.device)] = 1
+        return modules[id(out)].register_forward_pre_hook(lambda module, args: (args[0] * mask,))
 
 
 def attach_random_predictors(
@@ -139,11 +158,11 @@ def attach_random_predictors(
     density: float | None,
     head_density: float | None = None,
     budget: float = 0.05,
-) -> Kept:
+) -> list[Kept]:
     """Predictors of the real byte size that select a fixed random share of units, in all layers but the first.
 
     Their scores are the bias: the matrices are read in full, and their product, bounded, changes nothing.
-    A density of None leaves that kind of site dense. Returns what stays of each output projection.
+    A density of None leaves that kind of site dense. Returns what stays of each part.
     """
     kept = []
     for parts, share, make in (
@@ -166,7 +185,32 @@ def attach_random_predictors(
             )  # fmt: skip
             width = part.out.shape[1] // part.units
             columns = picked[:, None] * width + torch.arange(width)
-            kept.append((part.out, columns.flatten()))
+            kept.append(Kept(part, columns.flatten()))
+    return kept
+
+
+def attach_gates(model: nn.Module, density: float, length: int, batch: int = 1) -> list[Kept]:
+    """Thresholds that |act(gate)| of this share of the units passed in one eager decode step, in all layers."""
+    parts, seen = mlps(model), {}
+    handles = [
+        part.act.register_forward_hook(
+            lambda module, args, out, i=i: seen.__setitem__(i, out.detach().float().abs())
+        )
+        for i, part in enumerate(parts)
+    ]
+    DecodeStep(model, model.forward, length, batch)()
+    for handle in handles:
+        handle.remove()
+    kept = []
+    for i, part in enumerate(parts):
+        for weight, produces in ((part.into[1], True), (part.out, False)):
+            make_unit_major(weight, 1, produces_units=produces)
+        threshold = seen[i].flatten().quantile(1 - density).item()
+        attach(
+            part.out,
+            Attachment(Policy.GATE, density, fingerprint(part.out), threshold=threshold),
+        )
+        kept.append(Kept(part, threshold=threshold))
     return kept
 
 
@@ -271,22 +315,11 @@ def kernel_times(call: Callable[[], Any], calls: int = 10) -> list[dict[str, Any
     ]
 
 
-def oracle_logits(model: nn.Module, kept: Kept, length: int, batch: int = 1) -> torch.Tensor:
-    """The eager step with what isn't in `kept` zeroed before each output projection that it names."""
-    columns = {id(out): chosen for out, chosen in kept}
-    handles = []
+def oracle_logits(model: nn.Module, kept: list[Kept], length: int, batch: int = 1) -> torch.Tensor:
+    """Logits of the eager step with all units zeroed that `kept` leaves out of the parts it names."""
     step = DecodeStep(model, model.forward, length, batch)
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and id(module.weight) in columns:
-            mask = torch.zeros(
-                module.in_features, dtype=module.weight.dtype, device=module.weight.device
-            )
-            mask[columns[id(module.weight)].to(mask.device)] = 1
-
-            def zero(_: nn.Module, args: tuple, mask: torch.Tensor = mask) -> tuple:
-                return (args[0] * mask,)
-
-            handles.append(module.register_forward_pre_hook(zero))
+    modules = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    handles = [part.zero_others(modules) for part in kept]
     logits = step().float().clone()
     for handle in handles:
         handle.remove()
@@ -303,11 +336,19 @@ def weight_bytes(
         embeddings = model.get_input_embeddings().weight
         total -= embeddings.numel() * embeddings.element_size()
     for parts, share in ((mlps(model), density), (attentions(model), head_density)):
-        for part in parts[1:] if share is not None else []:
+        for part in parts if share is not None else []:
             attachment = attached(part.out)
-            predictor = attachment.predictor.num_bytes if attachment else 0
-            total -= round(part.num_bytes * (1 - share)) - predictor
+            if attachment is None:
+                continue
+            total -= round(_skippable(part, attachment.policy) * (1 - share))
+            total += attachment.predictor.num_bytes if attachment.predictor is not None else 0
     return total
+
+
+def _skippable(part: Part, policy: Policy) -> int:
+    """Bytes of the rows and columns of units that don't run; a gate is read in full."""
+    gate = part.into[0] if policy is Policy.GATE else None
+    return part.num_bytes - (gate.numel() * gate.element_size() if gate is not None else 0)
 
 
 def cache_bytes(model: nn.Module, length: int, head_density: float | None = None) -> int:
