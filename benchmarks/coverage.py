@@ -1,0 +1,411 @@
+"""Every causal language model that transformers ships: found, compiled, and right?
+
+    python benchmarks/coverage.py [--types llama opt] [--jobs 2]
+
+For each model type a small random decoder generates 8 tokens, eager and compiled, with nothing attached and
+then with random units and heads selected at every site that was found; the oracle of the second is the eager
+model with the others zeroed by hooks. What should have been found is counted on the eager model too: calls
+of softmax attention, and projections from another width back to the residual stream's. Writes docs/coverage.md and
+benchmarks/results/coverage.json. Each type is a process of its own: one that crashes ends nothing else.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results" / "coverage.json"
+PAGE = ROOT / "docs" / "coverage.md"
+NEW_TOKENS, PROMPT, LAYERS = 8, 9, 2
+LIMIT_S = 400
+TOLERANCE = 1e-4
+
+WIDTH, HEADS, MLP = 64, 4, 176
+# What a small decoder sets, under every name that a config may have for it
+SMALL: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "embedding_size",
+                     "word_embed_proj_dim", "attention_hidden_size", "lru_width"), WIDTH),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers",
+                     "encoder_layers"), LAYERS),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
+                     "encoder_attention_heads"), HEADS),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "d_ff",
+                     "ffn_hidden_size", "shared_intermediate_size", "dim_feedforward", "d_inner",
+                     "feed_forward_size", "decoder_intermediate_size"), MLP),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size",
+                     "expert_intermediate_size", "mlp_expert_intermediate_size"), 48),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts",
+                     "num_routed_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_k", "top_k_experts", "moe_topk",
+                     "moe_top_k"), 2),
+    **dict.fromkeys(("head_dim", "attention_head_dim", "v_head_dim", "qk_nope_head_dim", "d_kv",
+                     "kv_channels"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "rotary_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), 32),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length",
+                     "max_sequence_length", "max_target_positions", "context_length"), 128),
+    "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 16,
+    "is_decoder": True, "use_cache": True, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+    "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": 32, "state_size": 16,
+    "num_kv_shared_layers": 0, "activation_sparsity_pattern": None, "attention_window_size": 32,
+    "n_groups": 1, "mamba_n_groups": 1, "chunk_size": 16,
+}  # fmt: skip
+# What a few configs need beside it; a dotted key is for a config inside the config.
+ALSO: dict[str, dict[str, Any]] = {}
+
+
+def config_of(kind: str) -> Any:
+    """A config of a few hundred thousand parameters."""
+    from transformers import CONFIG_MAPPING
+
+    make = CONFIG_MAPPING[kind]
+    known = make().to_dict()
+
+    def small(fields: dict[str, Any]) -> dict[str, Any]:
+        chosen = {k: v for k, v in SMALL.items() if k in fields}
+        for name, value in fields.items():
+            if (
+                name.endswith("_config")
+                and isinstance(value, dict)
+                and name != "quantization_config"
+            ):
+                chosen[name] = small(value)
+        return chosen
+
+    return make(**small(known), **ALSO.get(kind, {}))
+
+
+def build(kind: str) -> Any:
+    """A random fp32 decoder whose every layer matters."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = config_of(kind)
+    torch.manual_seed(0)
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            if parameter.dim() == 2:
+                parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+# --- what there is to find, counted on the eager model ----------------------------------------------------
+
+
+class Counting:
+    """Calls of softmax attention of one decode step, and projections back to the residual stream's width."""
+
+    def __init__(self, model: Any) -> None:
+        import torch
+        import torch.nn.functional as F
+        from torch.overrides import TorchFunctionMode
+
+        names = {id(p): n for n, p in model.named_parameters()}
+        self.attentions, self.mlps = 0, set()
+        outer = self
+
+        class Mode(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                if func is F.scaled_dot_product_attention:
+                    outer.attentions += 1
+                elif func in (F.softmax, torch.softmax, torch.Tensor.softmax):
+                    outer.attentions += args[0].dim() >= 3 and args[0].shape[-1] > PROMPT
+                elif func in (
+                    F.linear,
+                    torch.addmm,
+                    torch.matmul,
+                    torch.Tensor.matmul,
+                    torch.Tensor.__matmul__,
+                ):
+                    weights = [
+                        a for a in args if isinstance(a, torch.nn.Parameter) and a.dim() == 2
+                    ]
+                    inputs = [a for a in args if isinstance(a, torch.Tensor) and a.dim() > 1]
+                    if weights and inputs[0].shape[-1] != WIDTH and WIDTH in weights[0].shape:
+                        outer.mlps.add(names.get(id(weights[0]), "?"))
+                return func(*args, **(kwargs or {}))
+
+        self.mode = Mode()
+
+
+def generate(model: Any) -> Any:
+    """Logits [steps, vocabulary] of greedy generation, after a prompt."""
+    import torch
+
+    ids = torch.arange(PROMPT)[None] * 7 % 120 + 3
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+        return_dict_in_generate=True, output_logits=True, use_cache=True,
+    )  # fmt: skip
+    return torch.stack(out.logits)[:, 0]
+
+
+def difference(got: Any, want: Any) -> float:
+    """Largest error, relative to the largest logit."""
+    return ((got - want).abs().max() / want.abs().max()).item() if got.shape == want.shape else 9.0
+
+
+# --- one type ------------------------------------------------------------------------------------------------
+
+
+def examine(kind: str) -> dict[str, Any]:
+    """Everything about one model type; `stage` is where it ended."""
+    result: dict[str, Any] = {"type": kind, "stage": "build"}
+    try:
+        model = build(kind)
+        result["stage"] = "eager"
+        want = generate(model)
+        result["stage"] = "count"
+        found_by_eye = count(model)
+        result |= {"mlps": len(found_by_eye.mlps), "attentions": found_by_eye.attentions}
+        result["stage"] = "compile"
+        result |= lossless(model, want, found_by_eye)
+        result["stage"] = "sparse"
+        result |= sparse(model, want, result.pop("_sites"))
+        result["stage"] = "done"
+    except Exception as error:
+        said = [text for text in str(error).splitlines() if text.strip()][:2]
+        result["error"] = f"{type(error).__name__}: {' '.join(said)[:300]}"
+    result.pop("_sites", None)
+    return result
+
+
+def count(model: Any) -> Counting:
+    """What one decode step calls: that of two new tokens, less that of one."""
+    import torch
+
+    ids = torch.arange(PROMPT)[None] * 7 % 120 + 3
+    seen = []
+    for tokens in (1, 2):
+        seen.append(Counting(model))
+        with seen[-1].mode:
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False,
+                           use_cache=True)  # fmt: skip
+    seen[1].attentions -= seen[0].attentions
+    return seen[1]
+
+
+def lossless(model: Any, want: Any, expected: Counting) -> dict[str, Any]:
+    """Compiled with nothing attached; and which sites were found."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    backend, prepared = sys.modules["dejavu_compile.backend"], []
+    run = backend.prepare
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        prepared.append(run(*args, **kwargs))
+        return prepared[-1]
+
+    forward = model.forward
+    backend.prepare = spy
+    counters.clear()
+    try:
+        model.forward = torch.compile(forward, backend="dejavu_eager")
+        got = generate(model)
+    finally:
+        model.forward, backend.prepare = forward, run
+    error = difference(got, want)
+    if error > TOLERANCE:  # is it us, or what the model does when it is captured?
+        torch.compiler.reset()
+        try:
+            model.forward = torch.compile(forward, backend="eager")
+            error = difference(got, generate(model))
+        finally:
+            model.forward = forward
+    steps = [p.found for p in prepared if _is_step(p.found)]
+    sites = {s.name: s for found in steps for s in found.sites}
+    reasons = {u.projection.name: u.reason for found in steps for u in found.unmatched}
+    kinds = Counter(str(s.kind) for s in sites.values())
+    return {
+        "error_lossless": error,
+        "error_of_capture": difference(got, want),
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "break_reason": next(iter(counters["graph_break"]), "")[:160].splitlines()[:1],
+        "sites_mlp": kinds["mlp"],
+        "sites_attention": kinds["attention"],
+        "exact": sum(s.exact is not None for s in sites.values()),
+        "missed_mlps": {
+            n: reasons.get(n, "not in the graph") for n in sorted(expected.mlps - set(sites))
+        },
+        "unmatched_attention": {
+            n: r for n, r in reasons.items() if "attention" in r or "head" in r
+        },
+        "_sites": sites,
+    }
+
+
+def _is_step(found: Any) -> bool:
+    """The graph of a decode step, or a part of it."""
+    projections = [s.output for s in found.sites] + [u.projection for u in found.unmatched]
+    inputs = [p.input.meta["val"].shape[:-1] for p in projections]
+    return bool(inputs) and all(
+        all(isinstance(s, int) and s == 1 for s in shape) for shape in inputs
+    )
+
+
+def sparse(model: Any, dense: Any, sites: dict[str, Any]) -> dict[str, Any]:
+    """Half of the units and heads of each site with one before it, chosen at random and for good."""
+    import torch
+
+    attach_half, chosen = _attach_half(model, sites), {}
+    for name, keep in attach_half:
+        chosen[name] = keep
+    if not chosen:
+        return {"sites_sparse": 0}
+    modules = {f"{n}.weight": m for n, m in model.named_modules()}
+    fired: set[str] = set()
+    handles = []
+    for name, keep in chosen.items():
+
+        def zero(module: Any, args: tuple, name: str = name, keep: Any = keep) -> tuple:
+            if args[0].numel() != args[0].shape[-1]:
+                return args  # prefill is dense
+            fired.add(name)
+            width = args[0].shape[-1] // keep.numel()
+            return (args[0] * keep.repeat_interleave(width), *args[1:])
+
+        if name in modules:
+            handles.append(modules[name].register_forward_pre_hook(zero))
+    want = generate(model)
+    for handle in handles:
+        handle.remove()
+    torch.compiler.reset()
+    forward = model.forward
+    try:
+        model.forward = torch.compile(
+            forward, backend="dejavu_eager", options={"dejavu.exact": False}
+        )
+        got = generate(model)
+    finally:
+        model.forward = forward
+    return {
+        "sites_sparse": len(chosen),
+        "oracle_misses": sorted(set(chosen) - fired),
+        "error_sparse": difference(got, want),
+        "sparse_from_dense": difference(want, dense),
+    }
+
+
+def _attach_half(model: Any, sites: dict[str, Any]) -> list[tuple[str, Any]]:
+    """Predictors whose bias alone decides, read one site earlier; (name, units that run)."""
+    import weakref
+
+    import torch
+
+    from dejavu_compile.attachments import Attachment, attach, fingerprint, make_unit_major
+    from dejavu_compile.passes.site import Policy, PredictorWeights
+
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    before: dict[str, Any] = {}
+    chosen = []
+    for number, (name, site) in enumerate(sites.items()):
+        previous, before[site.kind] = before.get(site.kind), site
+        out = parameters.get(name)
+        if (
+            previous is None
+            or out is None
+            or previous.output.node.graph is not site.output.node.graph
+        ):
+            continue
+        generator = torch.Generator().manual_seed(number)
+        keep = torch.rand(site.units, generator=generator) < 0.5
+        width = previous.input.meta["val"].shape[-1]
+        bias = torch.where(keep, 1.0, -1.0)
+        heads = str(site.kind) == "attention"
+        down = None if heads else torch.zeros(2, width)
+        up = torch.zeros(site.units, width if heads else 2)
+        for projection in (*site.projections, site.output):
+            weight = parameters.get(projection.name)
+            if weight is not None:
+                make_unit_major(
+                    weight, projection.contracted, produces_units=projection is not site.output
+                )
+        attach(
+            out,
+            Attachment(Policy.PREDICT, 0.1, fingerprint(out), source=weakref.ref(parameters[previous.name]),
+                       predictor=PredictorWeights(down, up, bias), lookahead=1),
+        )  # fmt: skip
+        chosen.append((name, keep.float()))
+    return chosen
+
+
+# --- all of them -------------------------------------------------------------------------------------------
+
+
+def kinds() -> list[str]:
+    """The model types of transformers that have a causal language model."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def in_a_process(kind: str) -> dict[str, Any]:
+    """`examine`, where a crash or a hang costs one row."""
+    command = [sys.executable, "-P", __file__, "--one", kind]
+    started = time.monotonic()
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=LIMIT_S, check=False,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+        )  # fmt: skip
+        lines = [line for line in done.stdout.splitlines() if line.startswith('{"type"')]
+        result = json.loads(lines[-1]) if lines else {
+            "type": kind, "stage": "crash", "error": (done.stderr.strip().splitlines() or ["?"])[-1][:200]
+        }  # fmt: skip
+    except subprocess.TimeoutExpired:
+        result = {"type": kind, "stage": "timeout", "error": f"more than {LIMIT_S} s"}
+    result["seconds"] = round(time.monotonic() - started, 1)
+    return result
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--types", nargs="*", help="only these; the others' rows are kept")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    if args.one:
+        import dejavu_compile  # noqa: F401  registers the backend
+
+        print(json.dumps(examine(args.one)))
+        return
+    from dejavu_compile.bench import write
+
+    known = json.loads(args.out.read_text())["rows"] if args.types and args.out.exists() else []
+    rows = {row["type"]: row for row in known}
+    with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
+        for row in pool.map(in_a_process, args.types or kinds()):
+            rows[row["type"]] = row
+            print(line(row), flush=True)
+            write(args.out, {"rows": [rows[kind] for kind in sorted(rows)]})
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row as text."""
+    if row["stage"] in ("build", "eager", "crash", "timeout"):
+        return f"{row['type']:<24} {row['stage']:<8} {row.get('error', '')[:120]}"
+    return (
+        f"{row['type']:<24} {row['stage']:<8} breaks {row.get('graph_breaks')}  lossless {row.get('error_lossless', 9):.0e}  "
+        f"MLP {row.get('sites_mlp')}/{row.get('mlps')}  attention {row.get('sites_attention')}/{row.get('attentions')}  "
+        f"sparse {row.get('sites_sparse')} err {row.get('error_sparse', 0):.0e} of {row.get('sparse_from_dense', 0):.0e} "
+        f"{row['seconds']} s  {row.get('error', '')[:100]}"
+    )
+
+
+if __name__ == "__main__":
+    main()
