@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -371,6 +372,61 @@ def in_a_process(kind: str) -> dict[str, Any]:
     return result
 
 
+def page(rows: list[dict[str, Any]]) -> str:
+    """docs/coverage.md."""
+    ran = [r for r in rows if r["stage"] not in ("build", "eager", "crash", "timeout")]
+    right = [r for r in ran if r.get("error_lossless", 1) <= TOLERANCE]
+    sparse_ran = [r for r in ran if r.get("sites_sparse")]
+    sparse_right = [r for r in sparse_ran if r.get("error_sparse", 1) <= TOLERANCE]
+    found = {
+        kind: sum(min(r[f"sites_{one}"], r[kind]) for r in right) for kind, one in KINDS.items()
+    }
+    expected = {kind: sum(r[kind] for r in right) for kind in KINDS}
+    lines = [
+        "# Coverage", "",
+        "Written by `python benchmarks/coverage.py`; what each column means is said there.", "",
+        f"- {len(ran)} of {len(rows)} model types run eagerly from a small random config; of these "
+        f"{len(right)} give eager's logits when compiled (within {TOLERANCE:g}, relative).",
+        f"- {len(sparse_right)} of {len(sparse_ran)} with predicted sites equal the eager model with the other "
+        "units zeroed.",
+        f"- Found: {found['mlps']} of {expected['mlps']} projections back to the residual stream from another "
+        f"width, {found['attentions']} of {expected['attentions']} calls of softmax attention.",
+        "", "| model type | graph breaks | MLPs | attention | lossless | sparse | what was missed, and why |",
+        "|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for r in ran:
+        cells = [r["type"], r.get("graph_breaks", ""), f"{r.get('sites_mlp', 0)} of {r['mlps']}",
+                 f"{r.get('sites_attention', 0)} of {r['attentions']}", _figure(r.get("error_lossless")),
+                 _figure(r.get("error_sparse")), _why(r)]  # fmt: skip
+        lines.append("| " + " | ".join(str(c).replace("|", "/") for c in cells) + " |")
+    rest = [r for r in rows if r not in ran]
+    if rest:
+        lines += ["", "Not run: the generic config doesn't make a working model.", ""]
+        lines += [f"- {r['type']} ({r['stage']}): {r.get('error', '')}" for r in rest]
+    return "\n".join(lines) + "\n"
+
+
+KINDS = {"mlps": "mlp", "attentions": "attention"}
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.0e}"
+
+
+def _why(row: dict[str, Any]) -> str:
+    """The reasons of what was missed, each once, with how often; and an error."""
+    reasons = list(row.get("missed_mlps", {}).values())
+    if row.get("sites_attention", 0) < row["attentions"]:
+        reasons += row.get("unmatched_attention", {}).values()
+    said = [f"{text} ({times})" for text, times in Counter(_general(r) for r in reasons).items()]
+    return "; ".join([*said, *([row["error"]] if "error" in row else [])])
+
+
+def _general(reason: str) -> str:
+    """Without the names of one graph's nodes."""
+    return re.sub(r"_\d+\b", "", reason)
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -378,6 +434,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
     if args.one:
         import dejavu_compile  # noqa: F401  registers the backend
@@ -392,7 +449,9 @@ def main() -> None:
         for row in pool.map(in_a_process, args.types or kinds()):
             rows[row["type"]] = row
             print(line(row), flush=True)
-            write(args.out, {"rows": [rows[kind] for kind in sorted(rows)]})
+            ordered = [rows[kind] for kind in sorted(rows)]
+            write(args.out, {"rows": ordered})
+            args.page.write_text(page(ordered), encoding="utf-8")
 
 
 def line(row: dict[str, Any]) -> str:

@@ -34,6 +34,8 @@ from .separable import (
 ops = torch.ops.dejavu
 SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 TANH = aten.tanh.default
+FULL = {aten.full.default: 1, aten.full_like.default: 1, aten.scalar_tensor.default: 0}
+LOWEST_LOGIT = -1e4  # exp of anything this far below another logit is 0 in fp32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Bias:
 
     value: fx.Node
     rank: int
-    fill: float | fx.Node | None = None
+    fill: float | None = None
     where: bool = True
 
 
@@ -222,14 +224,24 @@ def _biased(node: fx.Node, rank: int) -> Attention | None:
                 return _with(found, Bias(other, rank))
         return None
     if target in (aten.masked_fill.Scalar, aten.masked_fill.Tensor):
-        found = _wide(args[0], rank)
-        return None if found is None else _with(found, Bias(args[1], rank, fill=args[2]))
-    if target in (aten.where.self, aten.where.ScalarOther):
-        found = _wide(args[1], rank)
-        if found is None:
-            return None
-        return _with(found, Bias(args[0], rank, fill=args[2], where=False))
-    return None
+        found, mask, fill, where = _wide(args[0], rank), args[1], _number(args[2]), True
+    elif target in (aten.where.self, aten.where.ScalarOther):
+        found, mask, fill, where = _wide(args[1], rank), args[0], _number(args[2]), False
+    else:
+        return None
+    # Adding so low a number leaves the same weight as filling it in: none.
+    if found is None or fill is None or fill > LOWEST_LOGIT:
+        return None
+    return _with(found, Bias(mask, rank, fill, where))
+
+
+def _number(value: object) -> float | None:
+    """A number that was written into the program, as such or as a tensor that is full of it."""
+    while isinstance(value, fx.Node) and value.target in IDENTITY:
+        value = value.args[0]
+    if isinstance(value, fx.Node) and value.target in FULL:
+        value = value.args[FULL[value.target]]
+    return value if isinstance(value, int | float) else None
 
 
 def _wide(node: object, rank: int) -> Attention | None:
@@ -321,11 +333,7 @@ def _added(emit: Emitter, found: Attention, bias: Bias) -> fx.Node:
     value = emit.current(bias.value)
     if bias.fill is not None:
         inside, outside = (bias.fill, 0.0) if bias.where else (0.0, bias.fill)
-        if isinstance(bias.fill, fx.Node):
-            op = aten.where.ScalarOther if bias.where else aten.where.ScalarSelf
-        else:
-            op = aten.where.Scalar
-        value = emit.call(op, value, inside, outside)
+        value = emit.call(aten.where.Scalar, value, inside, outside)
     return _in_four(emit, found, _with_leading(emit, value, bias.rank))
 
 

@@ -89,7 +89,8 @@ def filled(q, k, v, mask):
 
 def chosen(q, k, v, mask):
     """GPT-Neo's: where."""
-    logits = torch.where(mask, q @ k.mT, torch.finfo(q.dtype).min)
+    lowest = torch.full([], torch.finfo(q.dtype).min, dtype=q.dtype)
+    logits = torch.where(mask, q @ k.mT, lowest)
     return torch.softmax(logits, -1) @ v
 
 
@@ -150,6 +151,14 @@ def scaled_bias(q, k, v):
     return ((q @ k.mT + k[..., :1].mT) * 0.25).softmax(-1) @ v
 
 
+def filled_with_zero(q, k, v):
+    return (q @ k.mT).masked_fill(torch.arange(20) > 12, 0.0).softmax(-1) @ v
+
+
+def filled_with_a_value(q, k, v):
+    return torch.where(torch.arange(20) > 12, q @ k.mT, v[..., 0, 0].min()).softmax(-1) @ v
+
+
 def over_heads(q, k, v):
     return (q @ k.mT).softmax(1) @ v
 
@@ -159,7 +168,18 @@ def other_side(q, k, v):
 
 
 @pytest.mark.parametrize(
-    "spelling", [written_to, weights_returned, sink, scaled_bias, over_heads, other_side]
+    "spelling",
+    [
+        written_to,
+        weights_returned,
+        sink,
+        scaled_bias,
+        filled_with_zero,
+        filled_with_a_value,
+        over_heads,
+        other_side,
+    ],
+    ids=lambda spelling: spelling.__name__,
 )
 def test_what_only_looks_like_attention_is_left_alone(spelling):
     class LooksLikeIt(torch.nn.Module):
