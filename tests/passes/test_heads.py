@@ -90,9 +90,17 @@ def caches(model, kind, batch):
     return StaticCache(config=model.config, max_cache_len=PROMPT + STEPS + 1)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("name", EVERY_NAME)
+# Both batches and both caches for every model, all four pairs for these
+CROSSED = ("opt", "llama", "gemma2", "bloom", "mpt")
+CASES = [
+    (name, batch, kind)
+    for name in EVERY_NAME
+    for batch, kind in ((1, "dynamic"), (3, "static"), (1, "static"), (3, "dynamic"))
+    if (kind == "static") == (batch == 3) or name in CROSSED
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "kind"), CASES)
 def test_decode_equals_eager_with_other_heads_zeroed(name, batch, kind):
     backend = SelectingHeads()
     compare_with_eager(backend, name, batch, kind, STEPS)
