@@ -174,7 +174,10 @@ def examine(kind: str) -> dict[str, Any]:
         result["stage"] = "compile"
         result |= lossless(model, want, found_by_eye)
         result["stage"] = "sparse"
-        result |= sparse(model, want, result.pop("_sites"))
+        if (
+            result["times_a_step"] == 1
+        ):  # else a hook can't tell which of a weight's uses is sparse
+            result |= sparse(model, want, result["_sites"])
         result["stage"] = "done"
     except Exception as error:
         said = [text for text in str(error).splitlines() if text.strip()][:2]
@@ -229,6 +232,9 @@ def lossless(model: Any, want: Any, expected: Counting) -> dict[str, Any]:
     steps = [p.found for p in prepared if _is_step(p.found)]
     sites = {s.name: s for found in steps for s in found.sites}
     reasons = {u.projection.name: u.reason for found in steps for u in found.unmatched}
+    times = max(
+        (max(Counter(s.name for s in f.sites).values(), default=0) for f in steps), default=0
+    )
     kinds = Counter(str(s.kind) for s in sites.values())
     return {
         "error_lossless": error,
@@ -244,6 +250,7 @@ def lossless(model: Any, want: Any, expected: Counting) -> dict[str, Any]:
         "unmatched_attention": {
             n: r for n, r in reasons.items() if "attention" in r or "head" in r
         },
+        "times_a_step": times,
         "_sites": sites,
     }
 

@@ -14,6 +14,7 @@ from .errors import ArtifactMismatchError
 from .options import ExecutionMode, Options
 
 Resolve = Callable[[fx.Node], torch.Tensor]
+SitesByWeight = list[tuple[torch.Tensor, Site]]
 
 # The widest selection that the kernels take: beyond it the graph is a prefill.
 KERNEL_TOKENS = 8
@@ -93,12 +94,15 @@ def _check_fingerprint(site: Site, attachment: Attachment, weight: torch.Tensor)
         )
 
 
-def _source(attachment: Attachment, site: Site, sites: dict[torch.Tensor, Site]) -> fx.Node:
+def _source(attachment: Attachment, site: Site, sites: SitesByWeight) -> fx.Node:
     """The node of the declared source edge, in this graph."""
     weight = attachment.source() if attachment.source is not None else None
-    origin = next((s for w, s in sites.items() if w is weight), None)
-    if origin is None:
+    named = [s for w, s in sites if w is weight]
+    if not named:
         raise _StayDenseError("the site that its predictor reads is not in the same graph")
+    # A layer that runs several times is read where it ran last.
+    before = [s for s in named if s.input < site.projections[0].node]
+    origin = (before or named)[-1]
     width = origin.input.meta["val"].shape[-1]
     expected = attachment.predictor.source_width
     if width != expected:
@@ -151,7 +155,7 @@ def _cheapest(
 
 
 def _decide(
-    site: Site, options: Options, resolve: Resolve, sites: dict[torch.Tensor, Site]
+    site: Site, options: Options, resolve: Resolve, sites: SitesByWeight
 ) -> tuple[SitePlan, list[Relayout]]:
     weight = resolve(site.output.weight)
     attachment = attached(weight)
@@ -199,7 +203,7 @@ def make_plan(found: Found, resolve: Resolve, options: Options) -> Plan:
 
     Raises ArtifactMismatchError if a weight with something attached changed since calibration.
     """
-    sites = {resolve(site.output.weight): site for site in found.sites}
+    sites = [(resolve(site.output.weight), site) for site in found.sites]
     plans, wanted = [], []
     for site in found.sites:
         plan, layouts = _decide(site, options, resolve, sites)

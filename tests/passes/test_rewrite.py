@@ -147,7 +147,7 @@ def test_nan_score_selects():
 
         return make
 
-    for execution in Execution:
+    for execution in EXECUTIONS:
         got, _ = rewritten(model, x, poisoned(execution))
         models.assert_near(got, models.oracle(model, x, mask([4])))
 
