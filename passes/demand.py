@@ -36,10 +36,14 @@ Pushed = Iterator[tuple[fx.Node, Tensor]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Demand:
-    """`labels` of every value in the region, in no order; `region` holds the ops that were looked through."""
+    """`labels` of every value in the region, in no order; `region` holds the ops that were looked through.
+
+    `ends` are those where looking ended, since all of what they compute is needed by many.
+    """
 
     labels: dict[fx.Node, Tensor]
     region: frozenset[fx.Node]
+    ends: frozenset[fx.Node]
 
 
 def sizes(node: fx.Node) -> tuple[int, ...] | None:
@@ -297,7 +301,7 @@ def demand(
     `opaque` (values that are written in place) are.
     """
     labels: dict[fx.Node, Tensor] = {start: label}
-    region = {reader}
+    region, ends = {reader}, set()
     for node in _backwards(start):
         if node.target in PIECES and any(piece in labels for piece in node.users):
             pushed = _joined(node, labels)
@@ -306,6 +310,7 @@ def demand(
                 labels[node] = _united(labels[node], _read_outside(user, node))
             if node in opaque or bool((labels[node] == MANY).all()):
                 del labels[node]
+                ends.add(node)
                 continue
             if node.op != "call_function" or stop(node):
                 continue
@@ -322,7 +327,7 @@ def demand(
         for source, found in _of_all_inputs(node, pushed):
             known = labels.get(source)
             labels[source] = found if known is None else _united(known, found)
-    return Demand(labels, frozenset(region))
+    return Demand(labels, frozenset(region), frozenset(ends))
 
 
 def _of_all_inputs(node: fx.Node, pushed: Pushed) -> Pushed:

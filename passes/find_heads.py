@@ -74,6 +74,8 @@ def find_heads(
     )
     attended = _attended(found)
     if not attended:
+        if any(_attends(n) for n in found.ends):
+            return "what its attention computes is read elsewhere too"
         return "its input isn't attention that keeps heads apart"
     owned = []
     for node, rows in found.labels.items():
@@ -113,7 +115,11 @@ def _entry(core: fx.Node, as_projection: AsProjection) -> Projection | None:
 
 def _attended(found: Demand) -> tuple[fx.Node, ...]:
     """The attention ops of a region, in graph order."""
-    return tuple(sorted(n for n in found.region if n.target is SDPA or n.target in SOFTMAX))
+    return tuple(sorted(filter(_attends, found.region)))
+
+
+def _attends(node: fx.Node) -> bool:
+    return node.target is SDPA or node.target in SOFTMAX
 
 
 def _in_order(label: torch.Tensor, units: int) -> bool:

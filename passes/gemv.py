@@ -93,16 +93,34 @@ def _shared(member: _Member) -> tuple[object, ...]:
     return member.input, member.node if computed else None, member.weight.meta["val"].dtype
 
 
+def _behind(node: fx.Node, start: fx.Node) -> set[fx.Node]:
+    """The values that `node` is computed from, as far back as `start`."""
+    pending, seen = [node], set()
+    while pending:
+        node = pending.pop()
+        if node not in seen and not node < start:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return seen
+
+
 def _launches(group: list[_Member]) -> list[list[_Member]]:
-    """The members of each launch: one that skips rows comes first, and a launch has one of these."""
+    """The members of each launch: one that skips rows comes first, and a launch has one of these.
+
+    What decides about the rows must be known before: the predictor that does isn't in the same launch.
+    """
     first = [m for m in group if m.owned is not None]
     rest = [m for m in group if m.owned is None]
+    decides = {n for m in first for n in _behind(m.owned[1], m.input)}
+    early = [m for m in rest if m.node in decides]
+    rest = [m for m in rest if m.node not in decides]
     if not first:
         rest = [m for m in rest if _pays(m)]
     launches = [[m] for m in first] or [[]]
     room = MOST - len(launches[0])
     launches[0] += rest[:room]
     launches += [rest[i : i + MOST] for i in range(room, len(rest), MOST)]
+    launches += [[m] for m in early if _pays(m)]
     return [launch for launch in launches if launch]
 
 

@@ -2,6 +2,7 @@
 
     torch.nn.functional.linear(x, w, b)     ->      aten.linear(x, w, b)
     x @ w.T, addmm, Conv1D, ...             ->      aten.matmul(x, aten.numpy_T(w)), aten.addmm, ...
+    einsum("btd,fd->btf", x, w)             ->      aten.linear(x, w)
     h.relu_() of a value that is read nowhere else  ->      aten.relu(h)
 
 `linear` and `scaled_dot_product_attention` stay single nodes. The new graph is put INTO the same
@@ -17,6 +18,7 @@ from torch import fx
 
 from dejavu_compile._compat import trace_to_aten
 
+from .einsum import spell_out_einsum
 from .in_place import make_functional
 
 
@@ -68,5 +70,6 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     _adopt_constants(gm, traced)
     gm.graph = traced.graph
     make_functional(gm.graph)
+    spell_out_einsum(gm)
     gm.recompile()
     return Normalized(gm, before)

@@ -114,7 +114,7 @@ def _broadcast_inputs(node: fx.Node, dim: int) -> Iterator[OnAxis]:
         if shape is None:
             continue
         at = dim - (len(out) - len(shape))
-        if at >= 0 and not (isinstance(shape[at], int) and shape[at] == 1 and out[dim] != 1):
+        if at >= 0 and not (_is(shape[at], 1) and not _is(out[dim], 1)):
             yield OnAxis(source, at)
 
 
@@ -122,9 +122,16 @@ def _view_input_dim(node: fx.Node, dim: int) -> int | None:
     """Where the axis lies in the input of a view that keeps it whole, else None."""
     out, source = shape_of(node), shape_of(node.args[0])
     for at in reversed(range(len(source))):
-        if source[at] == out[dim] and same_size(source[at + 1 :], out[dim + 1 :]):
+        if _is(source[at], out[dim]) and same_size(source[at + 1 :], out[dim + 1 :]):
             return at
     return None
+
+
+def _is(one: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    """Equal as numbers, or the same symbol. (`==` of two symbols is a guard, and so a recompile.)"""
+    if isinstance(one, int) and isinstance(other, int):
+        return one == other
+    return str(one) == str(other)
 
 
 def same_size(one: tuple, other: tuple) -> bool:

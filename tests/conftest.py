@@ -21,7 +21,7 @@ sys.modules["dejavu_compile.calibrate"].FIT_STEPS = 60
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 settings.register_profile("dev", deadline=None, max_examples=20)
 settings.register_profile(
@@ -31,6 +31,14 @@ settings.register_profile(
     derandomize=True,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
+)
+# The first failure as it is drawn, at once
+settings.register_profile(
+    "quick",
+    deadline=None,
+    max_examples=20,
+    derandomize=True,
+    phases=[Phase.explicit, Phase.generate],
 )
 settings.register_profile("nightly", deadline=None, max_examples=500, print_blob=True)
 # `--hypothesis-profile` comes later and wins

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+import decoders
 import models
 import torch
 import torch.nn.functional as F
+from decoders import DecoderSpec
 from hypothesis import strategies as st
 from torch import nn
 
@@ -75,3 +77,46 @@ def specs(draw, spellings=tuple(SPELLINGS), activations=tuple(ACTIVATIONS)) -> S
         kept=tuple(sorted(kept)),
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+def _activations(draw) -> tuple[str, ...]:
+    """One to three steps, in any order."""
+    return tuple(draw(st.lists(st.sampled_from(sorted(decoders.STEPS)), min_size=1, max_size=3)))
+
+
+@st.composite
+def decoder_specs(draw, **fixed: object) -> DecoderSpec:
+    """A random decoder with its input; `fixed` choices aren't drawn. Shrinks towards DecoderSpec()."""
+    choice = st.sampled_from
+    groups = draw(st.integers(1, 3))
+    spec = DecoderSpec(
+        seed=draw(st.integers(0, 2**16)),
+        layers=draw(choice([2, 1, 3])),
+        heads=groups * draw(choice([2, 1, 3])) if groups > 1 else draw(choice([2, 4])),
+        groups=groups,
+        head_dim=draw(choice([4, 2, 6])),
+        projections=draw(choice(["separate", "fused", "by_group"])),
+        split=draw(choice(["view", "unflatten", "reshape"])),
+        rotary=draw(choice(["none", "half", "pairs"])),
+        qk_norm=draw(st.booleans()),
+        attention=draw(choice(["sdpa", "sdpa_gqa", "softmax", "softmax_alibi", "baddbmm", "einsum"])),
+        softcap=draw(st.booleans()),
+        merge=draw(choice(["reshape", "flatten", "view", "permute"])),
+        units=draw(st.integers(2, 20)),
+        mlp=draw(choice(["plain", "gated", "fused", "interleaved"])),
+        activation=_activations(draw),
+        bias=draw(st.booleans()),
+        spelling=draw(choice(["linear", "addmm", "matmul"])),
+        norm=draw(choice(["layer", "rms", "none"])),
+        wiring=draw(choice(["serial", "parallel"])),
+        shared=draw(choice([False, False, True])),
+        tied=draw(st.booleans()),
+        escape=draw(choice(["nothing", "nothing", "hidden", "first", "queries", "attended", "attention"])),
+        dtype=draw(choice(["float32", "float32", "bfloat16"])),
+        batch=draw(st.integers(1, 3)),
+        tokens=draw(choice([1, 1, 2])),
+        past=draw(st.integers(3, 9)),
+        kept=draw(st.integers(0, 2**16)),
+        share=draw(choice([0.5, 0.2, 0.0, 1.0])),
+    )  # fmt: skip
+    return spec.but(**fixed)
