@@ -5,10 +5,11 @@ that changes.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import GlobalSource
@@ -35,7 +36,9 @@ __all__ = [
     "inductor_option_names",
     "list_mode_options",
     "load_cpp",
+    "names_in",
     "qualified_name",
+    "recompile_limit",
     "trace_to_aten",
     "unset_fake_temporarily",
 ]
@@ -87,6 +90,18 @@ def qualified_name(node: fx.Node) -> str | None:
     return ".".join(keys[1:] if root is not None else keys)
 
 
+def names_in(model: nn.Module, gm: fx.GraphModule, inputs: Sequence[Any]) -> dict[str, str]:
+    """`qualified_name` of each parameter that a graph reads -> its name in `model`.
+
+    They differ where a graph was captured from a part of the model, after a graph break.
+    """
+    known = {id(p): name for name, p in model.named_parameters()}
+    known |= {id(p): name for name, p in model.named_buffers()}
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    pairs = zip(map(qualified_name, placeholders), inputs, strict=True)
+    return {name: known[id(x)] for name, x in pairs if name is not None and id(x) in known}
+
+
 def add_static_buffer(gm: fx.GraphModule, name: str, tensor: torch.Tensor) -> None:
     """Register `tensor` on a Dynamo GraphModule so that Inductor treats it as it does a parameter.
 
@@ -119,6 +134,11 @@ def check_strides_every_call() -> None:
     """
     dynamo_config.use_recursive_dict_tags_for_guards = False
     dynamo_config.skip_tensor_guards_with_matching_dict_tags = False
+
+
+def recompile_limit(limit: int) -> AbstractContextManager[None]:
+    """Meanwhile Dynamo makes up to `limit` graphs of a function before it gives up."""
+    return dynamo_config.patch(recompile_limit=limit, accumulated_recompile_limit=limit)
 
 
 def compile_counters() -> dict[str, int]:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from dejavu_compile.passes.find_sites import layer_of
 from dejavu_compile.passes.site import Policy, SiteKind
 
 from .artifact import Calibration, SiteRecord, WeightLayout, attach_calibration
@@ -133,11 +134,11 @@ def _held_out(values: torch.Tensor, share: float = HELD_OUT) -> torch.Tensor:
 def _record(recording: Recording, policy: Policy, curve: ThresholdCurve) -> SiteRecord:
     site = recording.site
     layouts = () if policy is Policy.DENSE else tuple(
-        WeightLayout(layout.name, layout.contracted, layout.produces_units)
+        WeightLayout(recording.names.get(layout.name, layout.name), layout.contracted, layout.produces_units)
         for layout in gathered_layouts(site, policy)
     )  # fmt: skip
     return SiteRecord(
-        kind=site.kind, name=site.name, layer=site.layer, units=site.units, policy=policy,
+        kind=site.kind, name=recording.name, layer=layer_of(recording.name, site.layer), units=site.units, policy=policy,
         num_weights=site.bytes_dense // recording.weight.element_size(),
         fingerprint=fingerprint(recording.weight), curve=curve, layouts=layouts,
     )  # fmt: skip
@@ -178,7 +179,7 @@ def _fit(
             dataclasses.replace(
                 _record(record, Policy.PREDICT, curves[kind]),
                 predictor=predictor,
-                source=source.site.name,
+                source=source.name,
                 lookahead=lookahead,
             )
         )
@@ -395,7 +396,7 @@ def remeasured(
     calibration: Calibration, recordings: Sequence[Recording], share: float = HELD_OUT
 ) -> Calibration:
     """`calibration` with density, recall, precision and output error on the last `share` of `recordings`."""
-    by_name = {r.site.name: r for r in recordings}
+    by_name = {r.name: r for r in recordings}
     return calibration.with_sites(
         _measured(record, by_name[record.name], by_name.get(record.source), share)
         for record in calibration.sites

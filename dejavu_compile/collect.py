@@ -11,12 +11,13 @@ from dejavu_compile.passes.find_sites import find_sites, resolve
 from dejavu_compile.passes.normalize import normalize
 from dejavu_compile.passes.site import Site, SiteKind
 
-from ._compat import unset_fake_temporarily
+from ._compat import guard_identity, names_in, recompile_limit, unset_fake_temporarily
 from .batches import Batch, call_kwargs, counted
 from .errors import CalibrationError
 
 # Bytes of recorded activations to hold at most: tokens are cut to fit, evenly over all sites.
 MEMORY_BUDGET = 4 << 30
+RECORDED_GRAPHS = 512  # of one function: more than any decoder has layers
 
 
 @dataclass(slots=True)
@@ -31,9 +32,15 @@ class Recording:
 
     site: Site
     weight: torch.Tensor
+    names: dict[str, str]  # from those in the graph to those in the model
     source: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
     carrier: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of the output projection's weight, in the model."""
+        return self.names.get(self.site.name, self.site.name)
 
     def stacked(self, which: str) -> torch.Tensor:
         """All recorded tokens of one value, [tokens, width]; kept as one, not beside its pieces."""
@@ -81,8 +88,8 @@ def _contributions(
 class Collector:
     """A `torch.compile` backend that records sites in graph order, keyed by their output weight."""
 
-    def __init__(self, kinds: Collection[SiteKind] = tuple(SiteKind)) -> None:
-        self.kinds = kinds
+    def __init__(self, model: nn.Module, kinds: Collection[SiteKind] = tuple(SiteKind)) -> None:
+        self.model, self.kinds = model, kinds
         self.recordings: dict[int, Recording] = {}
         self.keep: torch.Tensor | None = None  # mask over this batch's tokens
 
@@ -94,11 +101,13 @@ class Collector:
         inputs = dict(
             zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs, strict=True)
         )
+        names = names_in(self.model, gm, example_inputs)
         wanted: dict[fx.Node, list[Callable[[torch.Tensor], None]]] = {}
         for site in (s for s in find_sites(gm).sites if s.kind in self.kinds):
             with unset_fake_temporarily():
                 weight = resolve(gm, site.output.weight, inputs)
-            record = self.recordings.setdefault(id(weight), Recording(site, weight))
+            record = self.recordings.setdefault(id(weight), Recording(site, weight, names))
+            guard_identity(site.output.weight)  # layers that are alike may be one graph
             wanted.setdefault(site.input, []).append(self._into(record.source))
             take = self._into(record.hidden, torch.bfloat16)
             if site.kind is SiteKind.ATTENTION:
@@ -146,10 +155,10 @@ def collect(
 
     Raises CalibrationError if the model has no site, or a site with NaN or inf (named).
     """
-    collector = Collector(kinds)
+    collector = Collector(model, kinds)
     run = torch.compile(model.forward, backend=collector)
     tokens = 0
-    with torch.no_grad():
+    with torch.no_grad(), recompile_limit(RECORDED_GRAPHS):
         for number, batch in enumerate(batches):
             collector.keep = counted(batch).flatten()
             run(**call_kwargs(model, batch))
@@ -176,7 +185,7 @@ def collect(
         values = (*record.source, *record.hidden, *record.carrier)
         if not all(value.isfinite().all() for value in values):
             raise CalibrationError(
-                f"{record.site.name} sees NaN or inf on the calibration text",
+                f"{record.name} sees NaN or inf on the calibration text",
                 fix="check that the dense model is sound on it, e.g. in a wider dtype",
             )
     return list(collector.recordings.values())

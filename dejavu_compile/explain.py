@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from dejavu_compile.passes.find_sites import layer_of
 from dejavu_compile.passes.site import Found, Policy
 
+from ._compat import guard_identity, names_in, recompile_limit
 from .backend import prepare
 from .options import Options
 from .plan import Plan, SitePlan
+
+EXPLAINED_GRAPHS = 512  # of one function: more than any decoder has layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class SiteReport:
 
 @dataclass(frozen=True, slots=True)
 class UnmatchedReport:
-    """A projection that is in no site, and why."""
+    """A projection, or another product with a weight, that is in no site, and why."""
 
     name: str
     reason: str
@@ -85,18 +89,19 @@ class Report:
         ]
         if self.unmatched:
             width = max(len(u.name) for u in self.unmatched)
-            lines += ["", "dense projections"]
+            lines += ["", "dense weights"]
             lines += [f"  {u.name.ljust(width)}  {u.reason}" for u in self.unmatched]
         return "\n".join(lines)
 
 
-def _site_report(plan: SitePlan) -> SiteReport:
+def _site_report(plan: SitePlan, names: dict[str, str]) -> SiteReport:
     site, policy = plan.site, plan.decision.policy
     # Without a measurement the sparse bytes are those at full density: nothing is promised.
     density = 1.0 if math.isnan(plan.density) else plan.density
+    name = names.get(site.name, site.name)
     shown = plan.wanted if plan.wanted is not None else policy
     return SiteReport(
-        name=site.name, kind=str(site.kind), layer=site.layer, units=site.units, policy=str(policy),
+        name=name, kind=str(site.kind), layer=layer_of(name, site.layer), units=site.units, policy=str(policy),
         density=plan.density, reason=plan.reason, bytes_dense=round(plan.cost.bytes(Policy.DENSE, 1.0)),
         bytes_sparse=round(plan.cost.bytes(policy, density)),
         break_even=plan.cost.break_even(shown),
@@ -106,15 +111,19 @@ def _site_report(plan: SitePlan) -> SiteReport:
 class _Explainer:
     """A `torch.compile` backend that keeps plans and runs the graph as it was."""
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.seen: list[tuple[Found, Plan]] = []
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.model, self.options = model, options
+        self.seen: list[tuple[Found, Plan, dict[str, str]]] = []
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
     ) -> Callable[..., Any]:
         prepared = prepare(gm, example_inputs, self.options)
-        self.seen.append((prepared.found, prepared.plan))
+        names = names_in(self.model, gm, example_inputs)
+        self.seen.append((prepared.found, prepared.plan, names))
+        # Where graphs break between layers, Dynamo runs one graph for all that are alike: ask for each.
+        for site in prepared.found.sites:
+            guard_identity(site.output.weight)
         return gm.forward
 
 
@@ -123,14 +132,15 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
     Policies are those of a decode step: give inputs of one token, or any input to see the structure.
     """
-    explainer = _Explainer(Options())
-    with torch.no_grad():
+    explainer = _Explainer(model, Options())
+    with torch.no_grad(), recompile_limit(EXPLAINED_GRAPHS):
         torch.compile(model.forward, backend=explainer)(*args, **kwargs)
     report = Report()
-    for found, plan in explainer.seen:
-        report.sites.extend(_site_report(site) for site in plan.sites)
+    for found, plan, names in explainer.seen:
+        report.sites.extend(_site_report(site, names) for site in plan.sites)
+        rest = [(u.projection.name, u.reason, u.projection.num_bytes) for u in found.unmatched]
+        rest += [(other.name, other.reason, other.num_bytes) for other in found.others]
         report.unmatched.extend(
-            UnmatchedReport(u.projection.name, u.reason, u.projection.num_bytes)
-            for u in found.unmatched
+            UnmatchedReport(names.get(name, name), reason, size) for name, reason, size in rest
         )
     return report

@@ -15,9 +15,10 @@ import torch
 from torch import fx
 
 from .demand import MANY, Demand, demand, merged, sizes
-from .separable import IDENTITY, SDPA, SOFTMAX, VIEWS, is_pointwise
+from .separable import IDENTITY, SDPA, SOFTMAX, VIEWS, aten, is_pointwise
 from .site import OwnedRows, Projection
 
+LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default}
 AsProjection = Callable[[fx.Node], Projection | None]
 
 
@@ -109,6 +110,10 @@ def _entry(core: fx.Node, as_projection: AsProjection) -> Projection | None:
         projection = as_projection(node)
         if projection is not None:
             return projection
+        if (
+            node.target in LINEAR
+        ):  # by what isn't a matrix of its own: nothing earlier is its entry
+            return None
         pending.extend(node.all_input_nodes)
     return None
 

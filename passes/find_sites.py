@@ -19,6 +19,7 @@ from dejavu_compile._compat import qualified_name
 
 from .find_heads import find_heads
 from .in_place import written
+from .others import find_others
 from .separable import (
     ATTENTION,
     NONLINEAR_EXEMPT,
@@ -345,7 +346,7 @@ def _has_zeros(node: fx.Node, interior: tuple[fx.Node, ...]) -> bool:
 # --- the pass ----------------------------------------------------------------------------------------
 
 
-def _layer(name: str, ordinal: int) -> int:
+def layer_of(name: str, ordinal: int) -> int:
     """The layer number in a qualified name (`model.layers.7.mlp.down_proj.weight`), else the ordinal."""
     numbers = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", name)
     return int(numbers[0]) if numbers else ordinal
@@ -373,7 +374,7 @@ def _site(
     exact, gate = _carriers(interior, region, leaves, output.input)
     return Site(
         kind=SiteKind.MLP,
-        layer=_layer(output.name, ordinal),
+        layer=layer_of(output.name, ordinal),
         units=output.in_features,
         output=output,
         leaves=leaves,
@@ -391,7 +392,7 @@ def _attention(output: Projection, ordinal: int, in_place: frozenset[fx.Node]) -
         return found
     units, owned, cores = found
     return Site(
-        kind=SiteKind.ATTENTION, layer=_layer(output.name, ordinal), units=units, output=output,
+        kind=SiteKind.ATTENTION, layer=layer_of(output.name, ordinal), units=units, output=output,
         leaves=(), interior=(), dims={}, exact=None, gate=None, owned=owned, cores=cores,
     )  # fmt: skip
 
@@ -418,7 +419,8 @@ def find_sites(gm: fx.GraphModule) -> Found:
                 reason = f"{reason}: {heads}"
             unmatched.append(Unmatched(projection, code, reason))
     inputs = {projection.node for site in sites for projection in site.projections}
-    return Found(tuple(sites), tuple(u for u in unmatched if u.projection.node not in inputs))
+    unmatched = [u for u in unmatched if u.projection.node not in inputs]
+    return Found(tuple(sites), tuple(unmatched), find_others(gm, as_projection))
 
 
 def resolve(gm: fx.GraphModule, node: fx.Node, inputs: dict[fx.Node, object]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What the passes say to each other: projections, leaves and sites of a traced decoder."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
@@ -214,11 +214,24 @@ class Unmatched:
 
 
 @dataclass(frozen=True, slots=True)
+class Other:
+    """A weight that something other than a projection multiplies by: experts, a convolution, ..."""
+
+    name: str
+    reason: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
-    """Result of `find_sites`: every projection of the graph is in `sites` or in `unmatched`."""
+    """Result of `find_sites`: every projection of the graph is in `sites` or in `unmatched`.
+
+    `others` are the weights that no projection reads.
+    """
 
     sites: tuple[Site, ...] = ()
-    unmatched: tuple[Unmatched, ...] = field(default=())
+    unmatched: tuple[Unmatched, ...] = ()
+    others: tuple[Other, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
