@@ -4,13 +4,14 @@
 
 From each projection, walk back from its input along the contracted axis through separable ops. The
 walk ends at leaves: projections whose output features are the axis, parameters along it, and values
-that something outside the region reads too. Whatever else it meets is a reason for having no site.
+that something outside the region reads too, or that aren't separable: those are computed in full. Where
+no projection is among the leaves, what the walk met first is the reason for having no site.
 Nothing here knows an architecture, and the graph is not changed. (design: "the separable axis")
 """
 
 import operator
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -27,6 +28,7 @@ from .separable import (
     is_pointwise,
     keeps_zero,
     produces_zeros,
+    same_size,
     separable_inputs,
     shape_of,
 )
@@ -139,6 +141,14 @@ def _rows(node: fx.Node, dim: int) -> _Rows | None:
             if start is None:
                 return None
             offset, step, node = start + stride * offset, step * stride, node.args[0]
+        elif node.target is aten.select.int:
+            piece = _select_start(node, dim)
+            if piece is None:
+                return None
+            start, stride, node = piece
+            chain.append(node)
+            offset, step, node = start + stride * offset, step * stride, node.args[0]
+            dim = len(shape_of(node)) - 1
         else:
             inputs = None if is_pointwise(node) else separable_inputs(node, dim)
             if not inputs:
@@ -161,6 +171,22 @@ def _split_start(split: fx.Node, index: int, dim: int) -> int | None:
         return None
     sizes = [piece.shape[dim] for piece in split.meta["val"][:index]]
     return sum(sizes) if all(isinstance(s, int) for s in sizes) else None
+
+
+def _select_start(node: fx.Node, dim: int) -> tuple[int, int, fx.Node] | None:
+    """Start and step of x.view(..., 2, units)[..., i, :] or x.view(..., units, 2)[..., i], and the view."""
+    view, along, index = node.args
+    pieces, rank = shape_of(view), len(shape_of(view))
+    along %= rank
+    if view.target not in VIEWS_THAT_SPLIT | {aten.unflatten.int} or not isinstance(index, int):
+        return None
+    whole = shape_of(view.args[0])
+    if dim != rank - 2 or along < rank - 2 or not all(isinstance(s, int) for s in pieces[-2:]):
+        return None
+    if whole[-1] != pieces[-1] * pieces[-2] or not same_size(whole[:-1], pieces[:-2]):
+        return None
+    index %= pieces[along]
+    return (index * pieces[-1], 1, view) if along == rank - 2 else (index, pieces[-1], view)
 
 
 def _slice_start(node: fx.Node, dim: int) -> tuple[int | None, int]:
@@ -188,14 +214,18 @@ class _NoSiteError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Region:
+    """`blocked`: why the walk went no further, where it first met something that isn't separable."""
+
     interior: dict[fx.Node, int]
     leaves: dict[fx.Node, int]
+    blocked: _NoSiteError | None = None
 
 
 def _walk(output: Projection, escaping: set[fx.Node], in_place: frozenset[fx.Node]) -> _Region:
     """Everything separable behind `output.input`, ending at rows, parameters and `escaping` values."""
     interior: dict[fx.Node, int] = {}
     leaves: dict[fx.Node, int] = {}
+    blocked = None
     root = (output.input, len(shape_of(output.input)) - 1)
     pending = [root]
     while pending:
@@ -216,10 +246,14 @@ def _walk(output: Projection, escaping: set[fx.Node], in_place: frozenset[fx.Nod
             continue
         inputs = separable_inputs(node, dim)
         if inputs is None:
-            raise _no_site(node, node is output.input)
+            why = _no_site(node, node is output.input)
+            if node is output.input or node.target in VIEWS_THAT_SPLIT:  # heads, likely
+                raise why
+            leaves[node], blocked = dim, blocked or why
+            continue
         interior[node] = dim
         pending.extend((found.node, found.dim) for found in inputs)
-    return _Region(interior, leaves)
+    return _Region(interior, leaves, blocked)
 
 
 def _no_site(node: fx.Node, immediate: bool) -> _NoSiteError:
@@ -250,12 +284,14 @@ VIEWS_THAT_SPLIT = {aten.view.default, aten.reshape.default, aten._unsafe_view.d
 def _region(output: Projection, in_place: frozenset[fx.Node]) -> _Region:
     """The largest region in which no interior value is read from outside."""
     escaping: set[fx.Node] = set()
+    blocked = None
     while True:
         region = _walk(output, escaping, in_place)
+        blocked = blocked or region.blocked
         inside = {*region.interior, output.node}
         found = {node for node in region.interior if not inside.issuperset(node.users)}
         if not found:
-            return region
+            return replace(region, blocked=blocked)
         escaping |= found
 
 
@@ -368,9 +404,13 @@ def _site(
     if not interior or all(node.target in NONLINEAR_EXEMPT for node in interior):
         if len(region.leaves) == 1 and not interior and not _rows(output.input, value.dim() - 1):
             raise _no_site(output.input, True)
+        if region.blocked is not None:
+            raise region.blocked
         raise _NoSiteError(NoSite.LINEAR, "no activation between it and the projection before it")
     if not any(leaf.kind is LeafKind.ROWS for leaf in leaves):
-        raise _NoSiteError(NoSite.SHARED, "everything it could skip is read elsewhere too")
+        raise region.blocked or _NoSiteError(
+            NoSite.SHARED, "everything it could skip is read elsewhere too"
+        )
     exact, gate = _carriers(interior, region, leaves, output.input)
     return Site(
         kind=SiteKind.MLP,

@@ -3,6 +3,7 @@
     torch.nn.functional.linear(x, w, b)     ->      aten.linear(x, w, b)
     x @ w.T, addmm, Conv1D, ...             ->      aten.matmul(x, aten.numpy_T(w)), aten.addmm, ...
     einsum("btd,fd->btf", x, w)             ->      aten.linear(x, w)
+    x @ w.T + b                             ->      aten.linear(x, w, b)
     h.relu_() of a value that is read nowhere else  ->      aten.relu(h)
 
 `linear` and `scaled_dot_product_attention` stay single nodes. The new graph is put INTO the same
@@ -18,6 +19,7 @@ from torch import fx
 
 from dejavu_compile._compat import trace_to_aten
 
+from .bias import fold_biases
 from .einsum import spell_out_einsum
 from .in_place import make_functional
 
@@ -71,5 +73,7 @@ def normalize(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Normalized:
     gm.graph = traced.graph
     make_functional(gm.graph)
     spell_out_einsum(gm)
+    fold_biases(gm)
+    gm.graph.eliminate_dead_code()  # a reader that nothing reads would make a value escape
     gm.recompile()
     return Normalized(gm, before)

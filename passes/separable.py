@@ -29,7 +29,8 @@ VIEWS = {
 # Composite in pre-dispatch form, so PyTorch has no pointwise tag on them.
 POINTWISE_UNTAGGED = {aten.square.default, aten.relu6.default, aten.selu.default, aten.rsub.Scalar,
                       aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
-                      aten.true_divide.Tensor, aten.multiply.Tensor}  # fmt: skip
+                      aten.true_divide.Tensor, aten.multiply.Tensor,
+                      aten.masked_fill.Tensor, aten.masked_fill.Scalar}  # fmt: skip
 
 # Element i is exactly zero for a whole range of inputs.
 ZERO_SOURCES = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardshrink.default,

@@ -63,7 +63,7 @@ class DecoderSpec:
     merge: str = "reshape"  # or flatten, view, permute
     # MLP
     units: int = 8
-    mlp: str = "plain"  # or gated, fused, interleaved
+    mlp: str = "plain"  # or gated, mixed, fused, interleaved, stacked, paired
     activation: tuple[str, ...] = ("silu",)
     # both
     bias: bool = False
@@ -283,9 +283,9 @@ class MLP(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec = spec
-        fused = spec.mlp in ("fused", "interleaved")
+        fused = spec.mlp not in ("plain", "gated", "mixed")
         self.up = Projection(spec.width, spec.units * (2 if fused else 1), spec)
-        if spec.mlp == "gated":
+        if spec.mlp in ("gated", "mixed"):
             self.gate = Projection(spec.width, spec.units, spec)
         self.down = Projection(spec.units, spec.width, spec)
 
@@ -301,9 +301,18 @@ class MLP(nn.Module):
             hidden = self._act(up)
         elif how == "gated":
             hidden = self._act(self.gate(x)) * up
+        elif how == "mixed":  # a factor for which every unit is needed
+            hidden = self._act(self.gate(x)) * F.softmax(up, dim=-1)
         else:
-            pair = up.chunk(2, dim=-1) if how == "fused" else (up[..., ::2], up[..., 1::2])
-            hidden = self._act(pair[0]) * pair[1]
+            units = self.spec.units
+            both = up.view(*up.shape[:-1], 2, units), up.unflatten(-1, (units, 2))
+            gate, up = {
+                "fused": lambda: up.chunk(2, dim=-1),
+                "interleaved": lambda: (up[..., ::2], up[..., 1::2]),
+                "stacked": lambda: (both[0][..., 0, :], both[0][..., 1, :]),
+                "paired": lambda: (both[1][..., 0], both[1][..., 1]),
+            }[how]()
+            hidden = self._act(gate) * up
         kept = hidden if keep is None else hidden * keep.units.to(hidden.dtype)
         return self.down(kept), {"hidden": hidden, "first": first}
 

@@ -103,7 +103,7 @@ def decoder_specs(draw, **fixed: object) -> DecoderSpec:
         softcap=draw(st.booleans()),
         merge=draw(choice(["reshape", "flatten", "view", "permute"])),
         units=draw(st.integers(2, 20)),
-        mlp=draw(choice(["plain", "gated", "fused", "interleaved"])),
+        mlp=draw(choice(["plain", "gated", "mixed", "fused", "interleaved", "stacked", "paired"])),
         activation=_activations(draw),
         bias=draw(st.booleans()),
         spelling=draw(choice(["linear", "addmm", "matmul"])),
