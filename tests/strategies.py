@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from decoders import DecoderSpec
 from hypothesis import strategies as st
+from kernel_cases import KernelCase
 from torch import nn
 
 ACTIVATIONS = {
@@ -120,3 +121,20 @@ def decoder_specs(draw, **fixed: object) -> DecoderSpec:
         share=draw(choice([0.5, 0.2, 0.0, 1.0])),
     )  # fmt: skip
     return spec.but(**fixed)
+
+
+@st.composite
+def kernel_cases(
+    draw, most: int = 90, dtypes: tuple[str, ...] = ("float32", "bfloat16")
+) -> KernelCase:
+    """Inputs for one op; none and all of the units are as likely as some."""
+    return KernelCase(
+        seed=draw(st.integers(0, 2**16)),
+        n=draw(st.integers(1, most)),
+        d=draw(st.integers(1, most)),
+        m=draw(st.integers(1, 4)),
+        share=draw(st.sampled_from([0.5, 0.1, 0.0, 1.0])),
+        dtype=draw(st.sampled_from(dtypes)),
+        stride=draw(st.integers(1, 3)),
+        order=draw(st.sampled_from(["ascending", "descending", "shuffled"])),
+    )

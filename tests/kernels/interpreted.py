@@ -10,6 +10,9 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from strategies import kernel_cases
 
 from dejavu_compile.kernels import (
     attention_reference,
@@ -403,3 +406,53 @@ def test_decode_attention(dtype, share, mask, softcap, heads, kv_heads, slots, d
             ATTENTION._attention_kernel, q, k, v, mask, 0.3, softcap, score, ARRIVED, config
         )
         assert_close(got, exact, dtype)
+
+
+# --- shapes, strides and counts that nobody chose -----------------------------------------------------------
+
+CASES = kernel_cases(most=40 if INTERPRETED else 3000, dtypes=("float32",) if INTERPRETED else
+                     ("float32", "bfloat16"))  # fmt: skip
+FEW = settings(max_examples=6 if INTERPRETED else 60, deadline=None, derandomize=True,
+               suppress_health_check=[HealthCheck.function_scoped_fixture])  # fmt: skip
+
+
+@FEW
+@given(CASES, st.booleans())
+def test_selected_rows_and_their_sum_in_any_shape(case, compacted):
+    here = case.on(DEVICE)
+    here.check_compact(lambda values, t: SELECTION.launch_compact(compact_kernels, values, t))
+    here.check_rows(
+        lambda x, w, b, chosen, act: ROWS.launch_rows(ROWS._rows_kernel, x, w, b, chosen, act)
+    )
+    here.check_glu(
+        lambda x, g, u, chosen, act: ROWS.launch_rows(
+            ROWS._rows_kernel, x, g, None, chosen, act, u, None
+        )
+    )
+    here.check_sum(
+        lambda hidden, w, chosen, by_slot: SUM.launch_sum(
+            SUM._sum_kernel, hidden, w, *chosen, by_slot, ARRIVED
+        ),
+        compacted,
+    )
+
+
+@FEW
+@given(CASES, st.booleans(), st.sampled_from([0.0, 2.0]))
+def test_heads_in_any_shape(case, masked, softcap):
+    here = case.on(DEVICE)
+    here.check_gemv(
+        lambda x, weights, owner, score: GEMV.launch_gemv(
+            GEMV._gemv_kernel, x, weights, [None, None], "identity", owner, score
+        )
+    )
+    here.check_head_sum(
+        lambda hidden, w, score: HEADS.launch_head_sum(
+            HEADS._head_sum_kernel, hidden, w, score, ARRIVED
+        )
+    )
+    here.check_attention(
+        lambda *inputs: ATTENTION.launch_attention(ATTENTION._attention_kernel, *inputs, ARRIVED),
+        masked,
+        softcap,
+    )
