@@ -1,4 +1,8 @@
-"""Write the graph after each pass to a folder, as Python, and to the structured trace log."""
+"""The graph after each pass: to a folder, as Python, and to the log.
+
+options={"dejavu.dump": "graphs"}           a file a pass
+TORCH_LOGS="+dejavu_compile"                sites, decisions, times and graphs on stderr
+"""
 
 import itertools
 import logging
@@ -31,6 +35,8 @@ class Dump:
             elapsed_ms,
             len(gm.graph.nodes),
         )
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("%s", gm.print_readable(print_output=False))
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"{self._number:03d}-{step:02d}-{name}.py"

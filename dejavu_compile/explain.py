@@ -34,6 +34,11 @@ class SiteReport:
     bytes_sparse: int
     break_even: float
 
+    @property
+    def speedup(self) -> float:
+        """Expected of this site alone: a decode step takes as long as its reading does."""
+        return self.bytes_dense / max(self.bytes_sparse, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class UnmatchedReport:
@@ -56,7 +61,7 @@ class Report:
         sites = [
             {
                 k: None if isinstance(v, float) and math.isnan(v) else v
-                for k, v in asdict(s).items()
+                for k, v in {**asdict(s), "speedup": s.speedup}.items()
             }
             for s in self.sites
         ]
@@ -73,6 +78,7 @@ class Report:
                 "break-even",
                 "MB dense",
                 "MB sparse",
+                "speed-up",
                 "why",
             )
         ]
@@ -80,7 +86,7 @@ class Report:
             density = "" if math.isnan(s.density) else f"{s.density:.2f}"
             rows.append(
                 (s.name, s.kind, str(s.units), s.policy, density, f"{s.break_even:.2f}",
-                 f"{s.bytes_dense / 1e6:.2f}", f"{s.bytes_sparse / 1e6:.2f}", s.reason)
+                 f"{s.bytes_dense / 1e6:.2f}", f"{s.bytes_sparse / 1e6:.2f}", f"{s.speedup:.2f}", s.reason)
             )  # fmt: skip
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
         lines = [

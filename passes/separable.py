@@ -27,10 +27,14 @@ VIEWS = {
 }  # fmt: skip
 
 # Composite in pre-dispatch form, so PyTorch has no pointwise tag on them.
-POINTWISE_UNTAGGED = {aten.square.default, aten.relu6.default, aten.selu.default, aten.rsub.Scalar,
-                      aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar,
-                      aten.true_divide.Tensor, aten.multiply.Tensor,
-                      aten.masked_fill.Tensor, aten.masked_fill.Scalar}  # fmt: skip
+POINTWISE_UNTAGGED = {
+    aten.square.default, aten.relu6.default, aten.selu.default, aten.hardswish.default,
+    aten.log_sigmoid.default, aten.special_erf.default, aten.special_expit.default, aten.absolute.default,
+    aten.negative.default, aten.arctan.default, aten.fix.default, aten.rsub.Scalar, aten.where.ScalarOther,
+    aten.where.ScalarSelf, aten.where.Scalar, aten.true_divide.Tensor, aten.multiply.Tensor,
+    aten.multiply.Scalar, aten.divide.Tensor, aten.divide.Scalar, aten.subtract.Tensor, aten.subtract.Scalar,
+    aten.masked_fill.Tensor, aten.masked_fill.Scalar,
+}  # fmt: skip
 
 # Element i is exactly zero for a whole range of inputs.
 ZERO_SOURCES = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardshrink.default,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from decoders import DecoderSpec, Keep, RandomDecoder
-from hypothesis import currently_in_test_context, given, note
+from hypothesis import currently_in_test_context, given, note, settings
 from hypothesis import strategies as st
 from models import assert_as_exact_as, forced, listing
 from torch import Tensor, fx
@@ -36,8 +36,11 @@ from {module} import *
 """
 
 
-def holds_for(*strategies: st.SearchStrategy) -> Callable:
-    """`given`, where a failure also prints a script that shows it."""
+def holds_for(*strategies: st.SearchStrategy, one_in: int = 2) -> Callable:
+    """`given`, where a failure also prints a script that shows it.
+
+    Each example compiles a graph: of cheap ones the profile has `one_in` times as many.
+    """
 
     def decorate(test: Callable) -> Callable:
         module = test.__module__.split(".")[-1]
@@ -50,7 +53,8 @@ def holds_for(*strategies: st.SearchStrategy) -> Callable:
             with torch.no_grad():
                 test(*args, **drawn)
 
-        return given(*strategies)(run)
+        number = max(1, settings.default.max_examples // one_in)
+        return settings(max_examples=number)(given(*strategies)(run))
 
     return decorate
 

@@ -210,6 +210,38 @@ def test_imports_point_one_way(place, allowed):
     assert found == []
 
 
+def words(path: Path) -> set[str]:
+    """The words of a file's identifiers and strings, without its comments and docstrings."""
+    tree = ast.parse(path.read_text())
+    scopes = (ast.Module, ast.FunctionDef, ast.ClassDef)
+    docstrings = {
+        node.body[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, scopes) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        texts = [getattr(node, key, None) for key in ("id", "attr", "arg", "name", "value")]
+        if node not in docstrings:
+            for text in texts:
+                if isinstance(text, str):
+                    found |= set(re.findall(r"[a-z0-9]+", text.lower()))
+                    found.add(re.sub(r"[^a-z0-9]", "", text.lower()))
+    return found
+
+
+def test_no_code_knows_an_architecture():
+    """Neither a model type of transformers nor its class; only the shapes that are benchmarked and the demo."""
+    names = pytest.importorskip("transformers.models.auto.modeling_auto")
+    mapping = names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    classes = [re.split("ForCausalLM|LMHead|Model", str(name))[0] for name in mapping.values()]
+    known = {re.sub(r"[^a-z0-9]", "", name.lower()) for name in (*mapping, *classes)}
+    assert {"opt", "llama", "gptneox", "phi3"} <= known
+    exempt = {"bench.py", "demo.py"}
+    found = {p.name: words(p) & known for p in sources(*PACKAGES) if p.name not in exempt}
+    assert not any(found.values()), found
+
+
 # An absolute path below a folder where people and build machines keep checkouts
 MACHINE_PATH = re.compile(r"(?<![\w.~/}-])/(?:work|root|home|Users|mnt|workspace|opt)/\w")
 GENERATED = {"build", "dist", "out", "__pycache__"}

@@ -1,11 +1,13 @@
 """The backend changes nothing but speed, as long as nothing is selected away."""
 
 import copy
+import re
 import warnings
 
 import pytest
 import torch
 from tiny import HIDDEN, NAMES, selecting_everything, text, texts, tiny
+from torch._inductor.utils import run_and_get_code
 
 import dejavu_compile as dv
 from dejavu_compile import attachments, backend
@@ -54,7 +56,6 @@ def test_nothing_attached_generates_the_same_tokens(name):
 
 
 # The rest of the models are slow only because there are many
-FEW = [n if n in ("opt", "llama") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 
 
 @pytest.mark.slow
@@ -67,8 +68,9 @@ def test_calibrated_at_full_density_is_lossless(name, policy):
     assert_lossless(model, generating=False)
 
 
-@pytest.mark.parametrize("policy", ["predict", "gate"])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(
+    ("name", "policy"), [(n, "predict") for n in NAMES] + [("llama", "gate"), ("phi3", "gate")]
+)
 def test_sparse_graph_that_selects_every_unit_is_lossless(name, policy, prepared):
     model = tiny(name)
     calibration = dv.calibrate(model, texts(), policy=policy, density=1.0, progress=False)
@@ -150,8 +152,6 @@ def predicted():
 @pytest.mark.slow
 @torch.no_grad()
 def test_generated_code_predicts_before_the_previous_layers_down_projection(predicted):
-    from torch._inductor.utils import run_and_get_code
-
     compiled = torch.compile(predicted.forward, backend="dejavu")
     torch._inductor.config.force_disable_caches = True
     try:
@@ -196,3 +196,30 @@ def test_added_buffers_are_static_inputs_as_parameters_are(predicted, monkeypatc
     torch.compile(predicted.forward, backend="dejavu")(torch.tensor([[5]]), use_cache=False)
     predictors, counters = 2 * 3, 1  # layers 1 and 2 have two matrices and a bias each
     assert static == [parameters, parameters + predictors + counters]
+
+
+def without_numbers_of_graphs(code):
+    """Generated code but for the ids that count the graphs of a process."""
+    return re.sub(r"AOT ID: .*|_graph_\d+|\d+_inference", "", code)
+
+
+@pytest.mark.parametrize("case", ["no site is found", "switched off"])
+def test_inductor_generates_the_same_code_where_we_do_nothing(case):
+    if case == "no site is found":
+        model, x = (
+            torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)),
+            torch.ones(1, 8),
+        )
+        options = {}
+    else:
+        model, x = tiny("opt", layers=1).model.decoder.layers[0], torch.randn(1, 1, HIDDEN)
+        options = {"dejavu.execution": "dense"}
+    codes = []
+    for how, given in (("inductor", {}), ("dejavu", options)):
+        torch.compiler.reset()
+        compiled = torch.compile(model.eval(), backend=how, options=given)
+        with torch.no_grad(), torch._inductor.config.patch(force_disable_caches=True):
+            _, (code,) = run_and_get_code(compiled, x)
+        codes.append(without_numbers_of_graphs(code))
+    assert "mm" in codes[0]
+    assert codes[0] == codes[1]

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -90,3 +93,36 @@ def test_prefill_reason_names_the_number_of_tokens():
         assert site.policy == "dense"
         assert "prefill" in site.reason
         assert "12 tokens" in site.reason
+
+
+def test_expected_speedup_is_that_of_the_bytes():
+    model = tiny("llama")
+    dv.calibrate(model, texts(), policy="gate", density=0.4, progress=False)
+    for site in dv.explain(model, TOKEN, use_cache=False).sites:
+        assert site.speedup == pytest.approx(site.bytes_dense / site.bytes_sparse)
+        assert (site.speedup > 1) == (site.policy == "gate")
+
+
+def test_torch_logs_shows_graphs_and_decisions():
+    """As for any module of PyTorch, by its name."""
+    script = (
+        "import torch\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))\n"
+        "with torch.no_grad():\n"
+        "    torch.compile(model.eval(), backend='dejavu_eager')(torch.ones(1, 8))\n"
+    )
+    environment = {**os.environ, "TORCH_LOGS": "+dejavu_compile"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for said in (
+        "normalize took",
+        "torch.ops.aten.relu.default",
+        "0 sites sparse, 1 dense",
+        "2.weight: dense",
+    ):
+        assert said in done.stderr
