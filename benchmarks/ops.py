@@ -161,7 +161,7 @@ def check(w: Layers) -> None:
     want = dk.head_sum_reference(w.x, w.square[0], w.head_score)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     for score in (None, w.head_score):
-        want = dk.attention_reference(w.q, w.k[0], w.v[0], w.mask, 0.1, score)
+        want = dk.attention_reference(w.q, w.k[0], w.v[0], w.mask, 0.1, 0.0, score)
         torch.testing.assert_close(attention(w, 0, score), want, rtol=2e-2, atol=1e-3)
 
 

@@ -17,6 +17,7 @@ from torch import fx
 
 import dejavu_compile.kernels
 import dejavu_compile.passes
+from dejavu_compile.passes.counters import count_together
 from dejavu_compile.passes.decode_attention import use_decode_attention
 from dejavu_compile.passes.find_sites import find_sites, resolve
 from dejavu_compile.passes.fuse import fuse
@@ -47,12 +48,16 @@ Compiled = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A graph module after our passes, with what they found and decided."""
+    """A graph module after our passes, with what they found and decided.
+
+    `few_tokens`: projections became GEMVs, as in a decode step.
+    """
 
     found: Found
     plan: Plan
     relayout: tuple[tuple[int, Relayout], ...]
     modified: bool
+    few_tokens: bool = False
 
 
 def _issue(options: Options) -> Issue:
@@ -88,9 +93,13 @@ def prepare(
         dump.graph("fuse", gm)
         schedule(gm, rewritten.selects, _issue(options))
         dump.graph("schedule", gm)
+    few_tokens = False
     if options.gemv and options.execution is ExecutionMode.AUTO:
-        modified |= use_gemv(gm).count > 0
+        few_tokens = use_gemv(gm).count > 0
+        modified |= few_tokens
         modified |= use_decode_attention(gm).count > 0
+        if modified:
+            count_together(gm)
         dump.graph("gemv", gm)
     if not modified:
         normalized.restore()
@@ -99,7 +108,7 @@ def prepare(
         log.debug("%s: %s (%s)", site_plan.site.name, site_plan.decision.policy, site_plan.reason)
     position = {node: i for i, node in enumerate(inputs)}
     relayout = tuple((position[r.weight], r) for r in plan.relayout if r.weight in position)
-    return Prepared(found, plan, relayout, modified)
+    return Prepared(found, plan, relayout, modified, few_tokens)
 
 
 _warned_of_grad = False
@@ -171,8 +180,8 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-def _inductor_config(options: Options, inductor: dict[str, Any]) -> dict[str, Any]:
-    """The user's Inductor options with what our graph needs."""
+def _check_option_names(inductor: dict[str, Any]) -> None:
+    """Raise OptionError for an option that Inductor doesn't have."""
     known = inductor_option_names()
     for key in inductor:
         if key.replace("-", "_") not in known:
@@ -181,11 +190,20 @@ def _inductor_config(options: Options, inductor: dict[str, Any]) -> dict[str, An
                 expected="an option of dejavu (dejavu.execution, ...) or of Inductor",
                 fix="torch._inductor.list_options() lists Inductor's",
             )
+
+
+def _inductor_config(
+    options: Options, inductor: dict[str, Any], few_tokens: bool
+) -> dict[str, Any]:
+    """The user's Inductor options with what our graph needs."""
     slot = "post_grad_custom_post_pass"
     if inductor.get(slot) is not None:
         slot = "post_grad_custom_pre_pass"
     # Inductor would sink a predictor to just before its site, and undo the lookahead. (facts: trap 6)
     ordering = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+    if few_tokens:
+        # A norm is one launch instead of three: there is nothing to spread over the chip.
+        ordering["split_reductions"] = False
     return {**ordering, **inductor, slot: _CacheKey(options)}
 
 
@@ -204,12 +222,13 @@ def dejavu(
     ArtifactMismatchError if calibrated weights have changed since.
     """
     own, inductor = split_options(mode, options)
-    patches = _inductor_config(own, inductor)
+    _check_option_names(inductor)
     if _needs_grad(example_inputs):
         return compile_fx(gm, example_inputs, config_patches=inductor or None)
     prepared = prepare(gm, example_inputs, own)
-    if not prepared.modified:
-        patches = inductor
+    patches = inductor
+    if prepared.modified:
+        patches = _inductor_config(own, inductor, prepared.few_tokens)
     compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return _relayout_after_first_call(compiled, prepared.relayout)
 

@@ -62,12 +62,14 @@ def _attention_kernel(
     scale, softcap, kv_heads, slots, per_split,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_h, mask_s,
     D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
-    SELECT: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    SELECT: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
+    SCAN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * kv_heads, splits): the GROUP heads that share keys are rows of one product.
 
-    MASK: 0 none, 1 boolean, 2 added. A group of which no head runs ends at once. Of the others the last split
-    to finish joins what all of them left. SPLITS is a power of two, at least the number of splits.
+    MASK: 0 none, 1 boolean, 2 added. SCAN, a power of two, at least `per_split`: one boolean mask for all heads is
+    read ahead, and no more where the slots that it allows have no holes between them; 0: it isn't. A group of which no head runs ends at once. Of the others the last split to finish joins what all of them left.
+    SPLITS is a power of two, at least the number of splits.
     """
     at, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     b, g = at // kv_heads, at % kv_heads
@@ -90,62 +92,101 @@ def _attention_kernel(
         cap = tl.full([1], softcap, tl.float32)
         k_ptr += b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
         v_ptr += b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
-        largest = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], dtype=tl.float32)
-        y = tl.zeros([ROWS, BLOCK_E], dtype=tl.float32)
-        stop = tl.minimum((split + 1) * per_split, slots)
-        for start in range(split * per_split, stop, BLOCK_S):
-            slot = start + tl.arange(0, BLOCK_S)
-            live = slot < stop
-            allowed = runs[:, None] & live[None, :]  # [ROWS, BLOCK_S]
-            added = tl.zeros([ROWS, BLOCK_S], dtype=tl.float32)
-            if MASK != 0:
-                at_mask = mask_ptr + b * mask_b + head[:, None] * mask_h + slot[None, :] * mask_s
-                if MASK == 1:
-                    allowed = allowed & (tl.load(at_mask, mask=allowed, other=0) != 0)
-                    # Keys that no row may attend to aren't read
-                    live = live & (tl.max(allowed.to(tl.int32), axis=0) != 0)
-                else:
-                    added = tl.load(at_mask, mask=allowed, other=0.0).to(tl.float32)
-            slot = slot.to(tl.int64)
-            # [BLOCK_D, BLOCK_S]
-            k = tl.load(
-                k_ptr + slot[None, :] * k_s + d[:, None],
-                mask=live[None, :] & (d[:, None] < D), other=0.0,
+        mask_ptr += b * mask_b
+        begin = split * per_split
+        stop = tl.minimum(begin + per_split, slots)
+        holes = begin >= 0
+        if SCAN:
+            every = begin + tl.arange(0, SCAN)
+            seen = tl.load(mask_ptr + every * mask_s, mask=every < stop, other=0) != 0
+            begin = tl.min(tl.where(seen, every, stop), axis=0)
+            stop = tl.max(tl.where(seen, every + 1, begin), axis=0)
+            holes = tl.sum(seen.to(tl.int32), axis=0) < stop - begin
+        if holes:
+            largest, total, y = _attend(
+                begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
+                D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E,
             )  # fmt: skip
-            # [BLOCK_S, BLOCK_E]
-            v = tl.load(
-                v_ptr + slot[:, None] * v_s + e[None, :],
-                mask=live[:, None] & (e[None, :] < E), other=0.0,
+        else:
+            largest, total, y = _attend(
+                begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
+                D, E, 0, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E,
             )  # fmt: skip
-            s = tl.dot(q, k, input_precision="ieee") * factor
-            if CAP:
-                s = cap * (2 * tl.sigmoid(2 * s) - 1)  # tanh
-            s = tl.where(allowed, s + added, float("-inf"))
-            higher = tl.maximum(largest, tl.max(s, axis=1))
-            # Nothing seen so far that may be attended: -inf minus -inf would be NaN
-            anchor = tl.where(higher == float("-inf"), 0.0, higher)
-            weight = tl.exp(s - anchor[:, None])
-            shrunk = tl.exp(largest - anchor)
-            y = y * shrunk[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
-            total = total * shrunk + tl.sum(weight, axis=1)
-            largest = higher
-        place = (at * GROUP + row).to(tl.int64) * splits + split
-        tl.store(
-            part_ptr + place[:, None] * E + e[None, :], y, mask=runs[:, None] & (e[None, :] < E)
-        )
-        tl.store(stats_ptr + 2 * place, largest, mask=runs)
-        tl.store(stats_ptr + 2 * place + 1, total, mask=runs)
-        if is_last(arrived_ptr + at, splits):
-            for r in range(GROUP):
-                _join(
-                    at * GROUP + r, part_ptr, stats_ptr, score_ptr, out_ptr, splits,
-                    E, SELECT, SPLITS, BLOCK_E,
-                )  # fmt: skip
+        if SPLITS == 1:
+            whole = tl.where(runs & (total != 0.0), total, 1.0)
+            y = tl.where(runs[:, None], y / whole[:, None], 0.0).to(out_ptr.dtype.element_ty)
+            out = out_ptr + (at * GROUP + row)[:, None] * E + e[None, :]
+            tl.store(out, y, mask=(row < GROUP)[:, None] & (e[None, :] < E))
+        else:
+            place = (at * GROUP + row).to(tl.int64) * splits + split
+            tl.store(
+                part_ptr + place[:, None] * E + e[None, :],
+                y,
+                mask=runs[:, None] & (e[None, :] < E),
+            )
+            tl.store(stats_ptr + 2 * place, largest, mask=runs)
+            tl.store(stats_ptr + 2 * place + 1, total, mask=runs)
+            if is_last(arrived_ptr + at, splits):
+                for r in range(GROUP):
+                    _join(
+                        at * GROUP + r, part_ptr, stats_ptr, score_ptr, out_ptr, splits,
+                        E, SELECT, SPLITS, BLOCK_E,
+                    )  # fmt: skip
     elif split == 0:
         zero = tl.zeros([ROWS, BLOCK_E], dtype=out_ptr.dtype.element_ty)
         out = out_ptr + (at * GROUP + row)[:, None] * E + e[None, :]
         tl.store(out, zero, mask=(row < GROUP)[:, None] & (e[None, :] < E))
+
+
+@jit
+def _attend(
+    begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
+    D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """The slots from `begin` to `stop`: largest logit, sum of the weights, and the values' weighted sum, by row."""
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_E)
+    largest = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], dtype=tl.float32)
+    y = tl.zeros([ROWS, BLOCK_E], dtype=tl.float32)
+    for start in range(begin, stop, BLOCK_S):
+        slot = start + tl.arange(0, BLOCK_S)
+        live = slot < stop
+        allowed = runs[:, None] & live[None, :]  # [ROWS, BLOCK_S]
+        added = tl.zeros([ROWS, BLOCK_S], dtype=tl.float32)
+        if MASK != 0:
+            at_mask = mask_ptr + head[:, None] * mask_h + slot[None, :] * mask_s
+            if MASK == 1:
+                allowed = allowed & (tl.load(at_mask, mask=allowed, other=0) != 0)
+                # Slots that no row may attend to aren't read
+                live = live & (tl.max(allowed.to(tl.int32), axis=0) != 0)
+            else:
+                added = tl.load(at_mask, mask=allowed, other=0.0).to(tl.float32)
+        slot = slot.to(tl.int64)
+        # [BLOCK_D, BLOCK_S]
+        k = tl.load(
+            k_ptr + slot[None, :] * k_s + d[:, None],
+            mask=live[None, :] & (d[:, None] < D), other=0.0,
+        )  # fmt: skip
+        # [BLOCK_S, BLOCK_E]
+        v = tl.load(
+            v_ptr + slot[:, None] * v_s + e[None, :],
+            mask=live[:, None] & (e[None, :] < E), other=0.0,
+        )  # fmt: skip
+        s = tl.dot(q, k, input_precision="ieee") * factor
+        if CAP:
+            s = cap * (2 * tl.sigmoid(2 * s) - 1)  # tanh
+        s = tl.where(allowed, s + added, float("-inf"))
+        higher = tl.maximum(largest, tl.max(s, axis=1))
+        # Nothing seen so far that may be attended: -inf minus -inf would be NaN
+        anchor = tl.where(higher == float("-inf"), 0.0, higher)
+        weight = tl.exp(s - anchor[:, None])
+        shrunk = tl.exp(largest - anchor)
+        y = y * shrunk[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        total = total * shrunk + tl.sum(weight, axis=1)
+        largest = higher
+    return largest, total, y
 
 
 @jit
@@ -177,18 +218,22 @@ def _join(
 
 
 BLOCK_S = 64
+MOST_SCANNED = 4096  # slots of a mask
 LEAST = 16  # rows and columns of a matrix product
 
 
 def attention_config(groups: int, slots: int) -> dict[str, int]:
-    """Four programs a multiprocessor, each of two blocks at least where that leaves one a multiprocessor."""
+    """One block a program where that fills the chip a few times over at most; else four programs a multiprocessor.
+
+    (H200, 8 to 72 groups, 512 to 32k slots)
+    """
     blocks = cdiv(slots, BLOCK_S)
-    wanted = min(cdiv(4 * PROCESSORS, groups), 64)
-    splits = max(1, min(wanted, blocks if groups * blocks < 2 * PROCESSORS else cdiv(blocks, 2)))
+    few = groups * blocks <= 6 * PROCESSORS
+    splits = blocks if few else max(1, min(cdiv(4 * PROCESSORS, groups), 64, cdiv(blocks, 2)))
     per_split = cdiv(blocks, splits)
     return {
         "splits": cdiv(blocks, per_split), "per_split": per_split * BLOCK_S, "BLOCK_S": BLOCK_S,
-        "num_warps": 4, "num_stages": 3 if per_split > 1 else 1,
+        "num_warps": 2 if few else 4, "num_stages": 3 if per_split > 1 else 1,
     }  # fmt: skip
 
 
@@ -205,11 +250,13 @@ def launch_attention(
     part = empty(batch * heads * splits, e, like=q, dtype=torch.float32)
     stats = empty(batch * heads * splits, 2, like=q, dtype=torch.float32)
     out = empty(batch, heads, 1, e, like=q)
-    kind, mask_strides = 0, (0, 0, 0)
+    kind, mask_strides, scan = 0, (0, 0, 0), 0
     if mask is not None:
         mask = mask.expand(batch, heads, 1, slots)
         kind = 1 if mask.dtype is torch.bool else 2
         mask_strides = mask.stride(0), mask.stride(1), mask.stride(3)
+        if kind == 1 and mask.stride(1) == 0 and per_split <= MOST_SCANNED:
+            scan = power_of_2(per_split)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     score = None if score is None else score.contiguous()
     group = heads // kv_heads
@@ -218,7 +265,7 @@ def launch_attention(
         scale, softcap, kv_heads, slots, per_split, q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *mask_strides,
         D=d, E=e, GROUP=group, MASK=kind, CAP=softcap != 0, SELECT=score is not None,
-        ROWS=max(LEAST, power_of_2(group)), SPLITS=power_of_2(splits),
+        ROWS=max(LEAST, power_of_2(group)), SPLITS=power_of_2(splits), SCAN=scan,
         BLOCK_D=max(LEAST, power_of_2(d)), BLOCK_E=max(LEAST, power_of_2(e)), **config,
     )  # fmt: skip
     return out

@@ -12,6 +12,7 @@ from torch.library import triton_op
 
 from . import cpu
 from ._triton import (
+    PROCESSORS,
     add_up,
     cdiv,
     check_arrived,
@@ -42,12 +43,12 @@ def gathered_sum_reference(
 @jit
 def _sum_kernel(
     hidden_ptr, weight_ptr, index_ptr, count_ptr, part_ptr, arrived_ptr, out_ptr, n, d, weight_stride,
-    TOKENS: tl.constexpr, COMPACTED: tl.constexpr,
+    TOKENS: tl.constexpr, COMPACTED: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, splits). Each split takes an equal, contiguous share of the live slots.
 
-    The last one to finish a block of columns adds up what the others left.
+    Where there is more than one (SPLIT), the last to finish a block of columns adds up what the others left.
     """
     block = tl.program_id(0)
     column = block * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -59,7 +60,7 @@ def _sum_kernel(
     for token in tl.static_range(TOKENS):
         total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
         slot = first + tl.arange(0, BLOCK_J)
-        unit = tl.load(index_ptr + slot, mask=slot < last, other=0)
+        unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
         for _ in range(first, last, BLOCK_J):
             live = slot < last
             at = slot if COMPACTED else unit
@@ -71,24 +72,23 @@ def _sum_kernel(
             total += h[:, None] * w
             # Asked for ahead: the next round's weights wait for one latency less
             slot += BLOCK_J
-            unit = tl.load(index_ptr + slot, mask=slot < last, other=0)
+            unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
         part = (split * TOKENS + token).to(tl.int64) * d + column
-        tl.store(part_ptr + part, tl.sum(total, axis=0), mask=column < d)
-    if is_last(arrived_ptr + block, splits):
-        add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
+        target = part_ptr if SPLIT else out_ptr
+        tl.store(target + part, tl.sum(total, axis=0), mask=column < d)
+    if SPLIT:
+        if is_last(arrived_ptr + block, splits):
+            add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
 
 
 def sum_config(n: int, d: int) -> dict[str, int]:
-    """Two programs a multiprocessor: what each leaves is added up by one, so few. (H200, d 4096 and 9216)"""
-    block_d = min(512, power_of_2(d))
-    columns = cdiv(d, block_d)
-    splits = max(1, min(32 if columns <= 8 else 16, cdiv(n, 64)))
-    return {
-        "BLOCK_J": 32 if columns <= 8 else 16,
-        "BLOCK_D": block_d,
-        "num_warps": 4,
-        "splits": splits,
-    }
+    """A few programs a multiprocessor: what each leaves is added up by one. (H200, d 4096 and 9216)"""
+    if d <= 4096:
+        block_d = min(32, power_of_2(d))
+        splits = max(1, min(4, cdiv(n, 64)))
+        return {"BLOCK_J": 256, "BLOCK_D": block_d, "num_warps": 4, "splits": splits}
+    splits = max(1, min(16, 2 * PROCESSORS // cdiv(d, 256), cdiv(n, 64)))
+    return {"BLOCK_J": 32, "BLOCK_D": 256, "num_warps": 4, "splits": splits}
 
 
 def launch_sum(
@@ -102,11 +102,11 @@ def launch_sum(
     config = dict(config or sum_config(n, d))
     splits, blocks = config.pop("splits"), cdiv(d, config["BLOCK_D"])
     check_arrived(arrived, blocks)
-    part = empty(splits, tokens, d, like=hidden, dtype=torch.float32)
     out = empty(tokens, d, like=hidden, dtype=torch.float32)
+    part = empty(splits, tokens, d, like=hidden, dtype=torch.float32) if splits > 1 else out
     kernel[(blocks, splits)](
         hidden, weight, index, count, part, arrived, out, n, d, weight.stride(0),
-        TOKENS=tokens, COMPACTED=compacted, **config,
+        TOKENS=tokens, COMPACTED=compacted, SPLIT=splits > 1, **config,
     )  # fmt: skip
     return out
 

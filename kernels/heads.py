@@ -40,13 +40,13 @@ def head_sum_reference(hidden: Tensor, weight: Tensor, score: Tensor) -> Tensor:
 @jit
 def _head_sum_kernel(
     hidden_ptr, weight_ptr, score_ptr, part_ptr, arrived_ptr, out_ptr, heads, d, weight_stride,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, splits). A split takes every num_splits-th block of rows of the running heads.
 
-    HEADS is a power of two, at least `heads`. A head of WIDTH rows is some blocks of BLOCK_J. The last split to
-    finish a block of columns adds up what the others left.
+    HEADS is a power of two, at least `heads`. A head of WIDTH rows is some blocks of BLOCK_J. Where there is more
+    than one split (SPLIT), the last to finish a block of columns adds up what the others left.
     """
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -78,13 +78,19 @@ def _head_sum_kernel(
             ).to(tl.float32)  # fmt: skip
             total += h[:, None] * w
         part = (split * TOKENS + token).to(tl.int64) * d + column
-        tl.store(part_ptr + part, tl.sum(total, axis=0), mask=column < d)
-    if is_last(arrived_ptr + tl.program_id(0), splits):
-        add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
+        target = part_ptr if SPLIT else out_ptr
+        tl.store(target + part, tl.sum(total, axis=0), mask=column < d)
+    if SPLIT:
+        if is_last(arrived_ptr + tl.program_id(0), splits):
+            add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
 
 
 def head_sum_config(heads: int, width: int, d: int) -> dict[str, int]:
     """Two to four programs a multiprocessor, with tiles that keep memory busy. (H200, d 4096 and 9216)"""
+    if d <= 4096:
+        block_j, splits = min(128, power_of_2(width)), max(1, min(4, heads))
+        block_d = min(64, power_of_2(d))
+        return {"BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits}
     block_d, block_j = min(256, power_of_2(d)), min(32, power_of_2(width))
     most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
     splits = max(1, min(heads * cdiv(width, block_j), most))
@@ -103,11 +109,11 @@ def launch_head_sum(
     config = dict(config or head_sum_config(heads, width, d))
     splits, blocks = config.pop("splits"), cdiv(d, config["BLOCK_D"])
     check_arrived(arrived, blocks)
-    part = empty(splits, tokens, d, like=hidden, dtype=torch.float32)
     out = empty(tokens, d, like=hidden, dtype=torch.float32)
+    part = empty(splits, tokens, d, like=hidden, dtype=torch.float32) if splits > 1 else out
     kernel[(blocks, splits)](
         hidden, weight, score, part, arrived, out, heads, d, weight.stride(0),
-        WIDTH=width, TOKENS=tokens, HEADS=power_of_2(heads), **config,
+        WIDTH=width, TOKENS=tokens, HEADS=power_of_2(heads), SPLIT=splits > 1, **config,
     )  # fmt: skip
     return out
 

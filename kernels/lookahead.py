@@ -3,6 +3,9 @@
 Inductor emits no stream contexts, and CUDA graph trees can't capture allocations made on a side stream.
 So both are opaque ops: everything is allocated on the current stream and only launched on the other,
 and the join also takes what the side stream still reads, so that its memory isn't used again before.
+
+A join waits for its own predictor, by an event that its begin left under the ticket that they share. To wait
+for the stream would be to wait for the next layer's predictor too, which was issued just before.
 """
 
 from functools import cache
@@ -20,24 +23,36 @@ def _side_stream(device: torch.device) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)
 
 
+@cache
+def _done(device: torch.device, ticket: int) -> "torch.cuda.Event":
+    """Recorded when the predictor with this ticket has been launched."""
+    return torch.cuda.Event()
+
+
 @custom_op("dejavu::select_begin", mutates_args=())
 def select_begin(
-    source: Tensor, down: Tensor, up: Tensor, bias: Tensor
+    source: Tensor, down: Tensor, up: Tensor, bias: Tensor, ticket: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Start `select` on the side stream. Returns index, count and scratch, not to be read before the join."""
+    """Start `select` on the side stream. Returns index, count and scratch, not to be read before the join.
+
+    `ticket`: any number that no other predictor has which is under way on this device.
+    """
     if not source.is_cuda:
         index, count = select_cpu(source, down, up, bias)
         return index, count, source.new_empty(0), index.new_empty(0), index.new_empty(0)
     kernels = select_kernels(source, down, up)
     if not source.is_contiguous():
         # A contiguous copy would be freed here, while the side stream still reads it: stay in line.
-        return launch_select(kernels, source, down, up, bias)
+        results = launch_select(kernels, source, down, up, bias)
+        _done(source.device, ticket).record()
+        return results
     current, side = torch.cuda.current_stream(source.device), _side_stream(source.device)
     launch = _Deferred(kernels)
     results = launch_select(launch.kernels, source, down, up, bias)
     side.wait_stream(current)
     with torch.cuda.stream(side):
         launch.run()
+        _done(source.device, ticket).record()
     return results
 
 
@@ -64,7 +79,7 @@ class _Recorded:
 
 
 @select_begin.register_fake
-def _(source: Tensor, down: Tensor, up: Tensor, bias: Tensor):
+def _(source: Tensor, down: Tensor, up: Tensor, bias: Tensor, ticket: int):
     index, count = fake_selection(source, up.shape[0])
     if not source.is_cuda:
         return index, count, source.new_empty(0), index.new_empty(0), index.new_empty(0)
@@ -72,8 +87,12 @@ def _(source: Tensor, down: Tensor, up: Tensor, bias: Tensor):
 
 
 @custom_op("dejavu::select_join", mutates_args=("index", "count"))
-def select_join(index: Tensor, count: Tensor, scratch: list[Tensor], source: Tensor) -> None:
-    """Make the current stream wait for the side stream. Moves no data; says that it writes the selection,
-    so that nothing reads it earlier."""
+def select_join(
+    index: Tensor, count: Tensor, scratch: list[Tensor], source: Tensor, ticket: int
+) -> None:
+    """Make the current stream wait for the predictor that was begun with this ticket.
+
+    Moves no data; says that it writes the selection, so that nothing reads it earlier.
+    """
     if source.is_cuda:
-        torch.cuda.current_stream(source.device).wait_stream(_side_stream(source.device))
+        torch.cuda.current_stream(source.device).wait_event(_done(source.device, ticket))

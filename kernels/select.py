@@ -100,7 +100,7 @@ def _shape(source: Tensor, down: Tensor, up: Tensor) -> _Shape:
     """About four programs a multiprocessor in the first launch; block sizes measured on an H200."""
     width, rank = source.shape[1], up.shape[1]
     if fits(source, down, up):
-        block = min(256, power_of_2(width // 4))
+        block = min(512 if width > 4096 else 256, power_of_2(width // 4))
         # Every program of the second launch adds the splits up: few of them.
         chunk = 4 * block * cdiv(cdiv(width, 4 * block), 5)
         return _Shape(True, 8, block, chunk, cdiv(width, chunk))

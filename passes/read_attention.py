@@ -300,6 +300,7 @@ def _slices_nothing(node: fx.Node) -> bool:
 
 def emit_attention(emit: Emitter, found: Attention, score: fx.Node | None) -> None:
     """Replace `found.end` by the op. `score` [batch, heads]: which heads run, None for all."""
+    scale = found.scale * _take_scale(emit, emit.current(found.q))
     with emit.before(found.end):
         q = emit.current(found.q)
         if found.divisor is not None:
@@ -314,7 +315,7 @@ def emit_attention(emit: Emitter, found: Attention, score: fx.Node | None) -> No
             mask = added if mask is None else emit.call(aten.add.Tensor, mask, added)
         if score is not None:
             score = emit.call(aten.reshape.default, score, [found.batch, found.heads])
-        arguments = (q, k, v, mask, found.scale, found.softcap, score)
+        arguments = (q, k, v, mask, scale, found.softcap, score)
         if q.meta["val"].is_cuda:
             more = emit.arrived(found.batch * found.kv_heads)
             y = emit.call(ops.decode_attention.default, *arguments, more)
@@ -326,6 +327,25 @@ def emit_attention(emit: Emitter, found: Attention, score: fx.Node | None) -> No
         if y.meta["val"].dtype is not value.dtype:
             y = emit.call(aten.to.dtype, y, value.dtype)
     emit.replace(found.end, y)
+
+
+def _take_scale(emit: Emitter, q: fx.Node) -> float:
+    """The number that a query is multiplied by, which it no longer is: a launch less. 1 where there is none."""
+    node = q
+    moved = {aten.transpose.int, aten.permute.default}
+    while node.target in VIEWS | moved and len(node.users) == 1:
+        node = node.args[0]
+    if node.target not in (aten.mul.Tensor, aten.mul.Scalar) or len(node.users) > 1:
+        return 1.0
+    value, factor = node.args
+    if (
+        not isinstance(factor, int | float)
+        or value.meta["val"].dtype is not node.meta["val"].dtype
+    ):
+        return 1.0
+    emit.replace(node, value)
+    node.graph.erase_node(node)
+    return factor
 
 
 def _added(emit: Emitter, found: Attention, bias: Bias) -> fx.Node:

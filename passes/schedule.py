@@ -49,16 +49,18 @@ def _hoist(node: fx.Node) -> None:
         next(n for n in node.graph.nodes if n.op != "placeholder").prepend(node)
 
 
-def _on_side_stream(emit: Emitter, select: fx.Node) -> None:
+def _on_side_stream(emit: Emitter, select: fx.Node, ticket: int) -> None:
     """Replace a `select` by begin where it stands and join before its first reader."""
     with emit.before(select):
-        begun = emit.call(ops.select_begin.default, *select.args)
+        begun = emit.call(ops.select_begin.default, *select.args, ticket)
         parts = [emit.call(operator.getitem, begun, i) for i in range(len(begun.meta["val"]))]
     picks = {user.args[1]: user for user in select.users}
     first = min(min(pick.users) for pick in picks.values())
     with emit.before(first):
         # The join reads the source too: its memory stays in use until the side stream is done with it.
-        emit.call(ops.select_join.default, parts[0], parts[1], parts[2:], select.args[0])
+        emit.call(
+            ops.select_join.default, parts[0], parts[1], parts[2:], select.args[0], ticket
+        )
     for i, pick in picks.items():
         pick.replace_all_uses_with(parts[i])
         select.graph.erase_node(pick)
@@ -78,8 +80,8 @@ def schedule(gm: fx.GraphModule, selects: tuple[fx.Node, ...], issue: Issue) -> 
         for select in selects
     )
     if issue is Issue.SIDE_STREAM:
-        for select in selects:
-            _on_side_stream(emit, select)
+        for ticket, select in enumerate(selects):
+            _on_side_stream(emit, select, ticket)
     if selects:
         gm.graph.lint()
         gm.recompile()

@@ -24,7 +24,7 @@ def run_kernels(interpret: str) -> None:
             "-q",
             "-p",
             "no:cacheprovider",
-            *(["-n", "2"] if interpret == "1" else []),
+            *["-n", "2" if interpret == "1" else "8"],
             HERE / "interpreted.py",
         ],
         env={**environment, "TRITON_INTERPRET": interpret, "OMP_NUM_THREADS": "1"},

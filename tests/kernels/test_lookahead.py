@@ -23,31 +23,31 @@ def predictor(m=2, n=100, s=63, r=16, device="cpu", dtype=torch.float32):
 
 def test_begin_is_select_on_the_cpu():
     arguments = predictor()
-    index, count, *scratch = select_begin(*arguments)
-    select_join(index, count, scratch, arguments[0])
+    index, count, *scratch = select_begin(*arguments, 0)
+    select_join(index, count, scratch, arguments[0], 0)
     expected = select(*arguments)
     assert torch.equal(index, expected[0])
     assert torch.equal(count, expected[1])
 
 
 def test_opcheck_begin():
-    torch.library.opcheck(torch.ops.dejavu.select_begin.default, predictor())
+    torch.library.opcheck(torch.ops.dejavu.select_begin.default, (*predictor(), 0))
     strided = (torch.randn(63, 2).T, *predictor()[1:])
-    torch.library.opcheck(torch.ops.dejavu.select_begin.default, strided)
+    torch.library.opcheck(torch.ops.dejavu.select_begin.default, (*strided, 0))
 
 
 def test_opcheck_join():
     arguments = predictor()
-    index, count, *scratch = select_begin(*arguments)
+    index, count, *scratch = select_begin(*arguments, 0)
     torch.library.opcheck(
-        torch.ops.dejavu.select_join.default, (index, count, scratch, arguments[0])
+        torch.ops.dejavu.select_join.default, (index, count, scratch, arguments[0], 0)
     )
 
 
 def ahead(source, down, up, bias, weight):
-    index, count, *scratch = torch.ops.dejavu.select_begin(source, down, up, bias)
+    index, count, *scratch = torch.ops.dejavu.select_begin(source, down, up, bias, 0)
     between = torch.relu(source) @ weight.T
-    torch.ops.dejavu.select_join(index, count, scratch, source)
+    torch.ops.dejavu.select_join(index, count, scratch, source, 0)
     rows = torch.ops.dejavu.gathered_rows(source, weight, None, index, count, "relu")
     return rows, between, index, count
 
@@ -70,9 +70,9 @@ def select_inline(source, down, up, bias):
 
 
 def select_aside(source, down, up, bias):
-    index, count, *scratch = select_begin(source, down, up, bias)
+    index, count, *scratch = select_begin(source, down, up, bias, 0)
     nn.functional.relu(source) @ down.T  # work that the side stream overlaps
-    select_join(index, count, scratch, source)
+    select_join(index, count, scratch, source, 0)
     return index, count
 
 
