@@ -219,7 +219,7 @@ def sweep(w: Layers, layers: int, ops: Sequence[str]) -> None:
             lambda i, c: attention(w, i, w.head_score, config=c),
             [
                 {"splits": -(-blocks // per), "per_split": 64 * per, "BLOCK_S": block,
-                 "num_warps": warps, "num_stages": stages}
+                 "num_warps": warps, "STAGES": stages}
                 for per in (1, 2, 4, 8, 16) if per <= blocks and -(-blocks // per) <= 64
                 for block in (32, 64, 128) if block <= 64 * per
                 for stages in ((1,) if block >= 64 * per else (1, 2, 3))

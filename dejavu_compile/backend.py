@@ -3,6 +3,7 @@
 capture (Dynamo) -> normalize -> find sites -> plan -> rewrite -> schedule -> Inductor
 """
 
+import dataclasses
 import hashlib
 import logging
 import warnings
@@ -61,8 +62,20 @@ class Prepared:
 
 
 def _issue(options: Options) -> Issue:
-    """In line, also in CUDA graphs: the side stream was never faster on a step by more than noise (README)."""
     return Issue.INLINE if options.issue is IssueMode.AUTO else Issue(str(options.issue))
+
+
+def _on_side_stream(
+    options: Options, inductor: dict[str, Any], example_inputs: Sequence[Any]
+) -> Options:
+    """`auto` is the side stream within CUDA graphs: 12 % off a layer of OPT-6.7B (docs/performance.md).
+
+    Elsewhere the host pays for events more than the device gains.
+    """
+    cuda = any(isinstance(x, torch.Tensor) and x.is_cuda for x in example_inputs)
+    if options.issue is IssueMode.AUTO and cuda and inductor.get("triton.cudagraphs"):
+        return dataclasses.replace(options, issue=IssueMode.SIDE_STREAM)
+    return options
 
 
 def prepare(
@@ -99,6 +112,7 @@ def prepare(
         modified |= few_tokens
         modified |= use_decode_attention(gm).count > 0
         if modified:
+            fuse(gm)
             count_together(gm)
         dump.graph("gemv", gm)
     if not modified:
@@ -225,7 +239,7 @@ def dejavu(
     _check_option_names(inductor)
     if _needs_grad(example_inputs):
         return compile_fx(gm, example_inputs, config_patches=inductor or None)
-    prepared = prepare(gm, example_inputs, own)
+    prepared = prepare(gm, example_inputs, _on_side_stream(own, inductor, example_inputs))
     patches = inductor
     if prepared.modified:
         patches = _inductor_config(own, inductor, prepared.few_tokens)

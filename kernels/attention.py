@@ -63,7 +63,8 @@ def _attention_kernel(
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_h, mask_s,
     D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
     SELECT: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    SCAN: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    SCAN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * kv_heads, splits): the GROUP heads that share keys are rows of one product.
 
@@ -95,22 +96,26 @@ def _attention_kernel(
         mask_ptr += b * mask_b
         begin = split * per_split
         stop = tl.minimum(begin + per_split, slots)
-        holes = begin >= 0
         if SCAN:
             every = begin + tl.arange(0, SCAN)
             seen = tl.load(mask_ptr + every * mask_s, mask=every < stop, other=0) != 0
             begin = tl.min(tl.where(seen, every, stop), axis=0)
             stop = tl.max(tl.where(seen, every + 1, begin), axis=0)
-            holes = tl.sum(seen.to(tl.int32), axis=0) < stop - begin
-        if holes:
-            largest, total, y = _attend(
-                begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
-                D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
+            if tl.sum(seen.to(tl.int32), axis=0) == stop - begin:
+                largest, total, y = _attend(
+                    begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
+                    D, E, 0, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, STAGES,
+                )  # fmt: skip
+            else:
+                # Not staged: shared memory holds the buffers of both loops.
+                largest, total, y = _attend(
+                    begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
+                    D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, 1,
+                )  # fmt: skip
         else:
             largest, total, y = _attend(
                 begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
-                D, E, 0, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E,
+                D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, STAGES,
             )  # fmt: skip
         if SPLITS == 1:
             whole = tl.where(runs & (total != 0.0), total, 1.0)
@@ -142,7 +147,7 @@ def _attention_kernel(
 def _attend(
     begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
     D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The slots from `begin` to `stop`: largest logit, sum of the weights, and the values' weighted sum, by row."""
     d = tl.arange(0, BLOCK_D)
@@ -150,7 +155,7 @@ def _attend(
     largest = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
     y = tl.zeros([ROWS, BLOCK_E], dtype=tl.float32)
-    for start in range(begin, stop, BLOCK_S):
+    for start in tl.range(begin, stop, BLOCK_S, num_stages=STAGES):
         slot = start + tl.arange(0, BLOCK_S)
         live = slot < stop
         allowed = runs[:, None] & live[None, :]  # [ROWS, BLOCK_S]
@@ -222,10 +227,10 @@ MOST_SCANNED = 4096  # slots of a mask
 LEAST = 16  # rows and columns of a matrix product
 
 
-def attention_config(groups: int, slots: int) -> dict[str, int]:
+def attention_config(groups: int, slots: int, itemsize: int) -> dict[str, int]:
     """One block a program where that fills the chip a few times over at most; else four programs a multiprocessor.
 
-    (H200, 8 to 72 groups, 512 to 32k slots)
+    `itemsize`: bytes of an element of the cache. (H200, 8 to 72 groups, 512 to 32k slots)
     """
     blocks = cdiv(slots, BLOCK_S)
     few = groups * blocks <= 6 * PROCESSORS
@@ -233,7 +238,7 @@ def attention_config(groups: int, slots: int) -> dict[str, int]:
     per_split = cdiv(blocks, splits)
     return {
         "splits": cdiv(blocks, per_split), "per_split": per_split * BLOCK_S, "BLOCK_S": BLOCK_S,
-        "num_warps": 2 if few else 4, "num_stages": 3 if per_split > 1 else 1,
+        "num_warps": 2 if few else 4, "STAGES": 1 if per_split == 1 else 3 if itemsize <= 2 else 2,
     }  # fmt: skip
 
 
@@ -244,7 +249,7 @@ def launch_attention(
     """Launch `_attention_kernel`, wrapped or not."""
     (batch, heads, _, d), (kv_heads, slots, e) = q.shape, v.shape[1:]
     groups = batch * kv_heads
-    config = dict(config or attention_config(groups, slots))
+    config = dict(config or attention_config(groups, slots, k.element_size()))
     splits, per_split = config.pop("splits"), config.pop("per_split")
     check_arrived(arrived, groups)
     part = empty(batch * heads * splits, e, like=q, dtype=torch.float32)

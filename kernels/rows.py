@@ -1,7 +1,7 @@
 """Projections of a few tokens by the weight rows that a selection names.
 
-    gathered_rows  y[t, j] = act(weight[index[j]] @ x[t] + bias[index[j]])           for j < count
-    gathered_glu   y[t, j] = act(gate[index[j]] @ x[t]) * (up[index[j]] @ x[t])      for j < count
+    gathered_rows  y[t, j] = act(weight[index[j]] @ x[t] + bias[index[j]]) * times[t, index[j]]   for j < count
+    gathered_glu   y[t, j] = act(gate[index[j]] @ x[t]) * (up[index[j]] @ x[t])                   for j < count
 
 Slots from `count` on are left as they are: nothing may read them. (Deja Vu, section 4.4)
 """
@@ -20,18 +20,20 @@ CPU_DENSE_ABOVE = 0.3
 
 
 def gathered_rows_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str,
+    times: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """x [m, d]; weight [n, d] of its dtype, rows contiguous, any row stride; bias [n] or None.
 
-    index [n] int32 and count [] int32 are a selection. Returns [m, n] of x's dtype, by slot, here with
-    zeros from `count` on; accumulated in fp32.
+    index [n] int32 and count [] int32 are a selection. times [m, n] of x's dtype, by unit, is None for ones: a gate
+    that is known. Returns [m, n] of x's dtype, by slot, here with zeros from `count` on; accumulated in fp32.
     """
     k = int(count)
     chosen = index[:k]
     y = F.linear(x.float(), weight[chosen].float(), None if bias is None else bias[chosen].float())
+    y = REFERENCE[activation](y)
     result = x.new_zeros(x.shape[0], weight.shape[0])
-    result[:, :k] = REFERENCE[activation](y).to(x.dtype)
+    result[:, :k] = (y if times is None else y * times[:, chosen].float()).to(x.dtype)
     return result
 
 
@@ -63,10 +65,10 @@ def dots(x_ptr, row, live, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.c
 
 @jit
 def _rows_kernel(
-    x_ptr, weight_ptr, bias_ptr, up_ptr, up_bias_ptr, index_ptr, count_ptr, out_ptr,
+    x_ptr, weight_ptr, bias_ptr, up_ptr, up_bias_ptr, times_ptr, index_ptr, count_ptr, out_ptr,
     n, weight_stride, up_stride,
     D: tl.constexpr, TOKENS: tl.constexpr,
-    GLU: tl.constexpr,
+    GLU: tl.constexpr, TIMES: tl.constexpr,
     BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -91,6 +93,9 @@ def _rows_kernel(
                 if UP_BIAS:
                     up += tl.load(up_bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
                 y = y * up
+            if TIMES:
+                times = tl.load(times_ptr + token * n + unit, mask=live, other=0.0)
+                y = y * times.to(tl.float32)
             tl.store(out_ptr + token * n + slot, y.to(out_ptr.dtype.element_ty), mask=live)
         slot += step
         unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
@@ -119,7 +124,7 @@ def check_rows(weight: Tensor) -> None:
 
 def launch_rows(
     kernel, x: Tensor, weight: Tensor, bias: Tensor | None, selection: tuple[Tensor, Tensor],
-    activation: str, up: Tensor | None = None, up_bias: Tensor | None = None,
+    activation: str, up: Tensor | None = None, up_bias: Tensor | None = None, times: Tensor | None = None,
     config: dict[str, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_rows_kernel` (wrapped or not) for either op."""
@@ -130,15 +135,16 @@ def launch_rows(
     # A bias sliced like an interleaved weight is strided too; the kernel reads it as adjacent.
     bias = None if bias is None else bias.contiguous()
     up_bias = None if up_bias is None else up_bias.contiguous()
+    times = None if times is None else times.contiguous()
     (tokens, d), n = x.shape, weight.shape[0]
     config = dict(config or rows_config(n, d))
     grid = (config.pop("programs"),)
     out = empty(tokens, n, like=x)
     kernel[grid](
         x, weight, x if bias is None else bias, x if up is None else up,
-        x if up_bias is None else up_bias, *selection, out,
+        x if up_bias is None else up_bias, x if times is None else times, *selection, out,
         n, weight.stride(0), 0 if up is None else up.stride(0),
-        D=d, TOKENS=tokens, GLU=up is not None, BIAS=bias is not None,
+        D=d, TOKENS=tokens, GLU=up is not None, TIMES=times is not None, BIAS=bias is not None,
         UP_BIAS=up_bias is not None, ACTIVATION=activation, **config,
     )  # fmt: skip
     return out
@@ -155,19 +161,22 @@ def _cpu_rows(
 
 
 def _fake_gathered_rows(x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor,
-      activation: str) -> Tensor:  # fmt: skip
+      activation: str, times: Tensor | None = None) -> Tensor:  # fmt: skip
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @cpu.cpu_op("dejavu::gathered_rows_cpu", _fake_gathered_rows)
 def gathered_rows_cpu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str,
+    times: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Opaque to tracing: how much it reads depends on the count."""
     k = int(count)
     result = x.new_zeros(x.shape[0], weight.shape[0])
     if not cpu.rows(result, x, weight, bias, index, k, activation):
         result[:, :k] = _cpu_rows(x, weight, bias, index[:k], activation)
+    if times is not None:
+        result[:, :k] *= times.index_select(1, index[:k])
     return result
 
 
@@ -192,12 +201,14 @@ def gathered_glu_cpu(
 
 @triton_op("dejavu::gathered_rows", mutates_args=())
 def gathered_rows(
-    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str,
+    times: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `gathered_rows_reference`."""
     if not x.is_cuda:
-        return gathered_rows_cpu(x, weight, bias, index, count, activation)
-    return launch_rows(wrap_triton(_rows_kernel), x, weight, bias, (index, count), activation)
+        return gathered_rows_cpu(x, weight, bias, index, count, activation, times)
+    kernel, selection = wrap_triton(_rows_kernel), (index, count)
+    return launch_rows(kernel, x, weight, bias, selection, activation, times=times)
 
 
 @triton_op("dejavu::gathered_glu", mutates_args=())

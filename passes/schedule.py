@@ -58,9 +58,7 @@ def _on_side_stream(emit: Emitter, select: fx.Node, ticket: int) -> None:
     first = min(min(pick.users) for pick in picks.values())
     with emit.before(first):
         # The join reads the source too: its memory stays in use until the side stream is done with it.
-        emit.call(
-            ops.select_join.default, parts[0], parts[1], parts[2:], select.args[0], ticket
-        )
+        emit.call(ops.select_join.default, parts[0], parts[1], parts[2:], select.args[0], ticket)
     for i, pick in picks.items():
         pick.replace_all_uses_with(parts[i])
         select.graph.erase_node(pick)

@@ -400,7 +400,11 @@ def test_decode_attention(dtype, share, mask, softcap, heads, kv_heads, slots, d
         q = q.masked_fill(~running(score)[:, :, None, None], float("nan"))
     for config in (
         None,
-        {**ATTENTION.attention_config(batch * kv_heads, slots), "splits": 1, "per_split": 4096},
+        {
+            **ATTENTION.attention_config(batch * kv_heads, slots, dtype.itemsize),
+            "splits": 1,
+            "per_split": 4096,
+        },
     ):
         got = ATTENTION.launch_attention(
             ATTENTION._attention_kernel, q, k, v, mask, 0.3, softcap, score, ARRIVED, config
