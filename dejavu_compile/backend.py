@@ -34,6 +34,7 @@ from ._compat import (
     compile_fx,
     guard_identity,
     inductor_option_names,
+    kernels_analysed_once,
     unset_fake_temporarily,
 )
 from .attachments import guards_needed, make_unit_major, note_compiled
@@ -243,7 +244,8 @@ def dejavu(
     patches = inductor
     if prepared.modified:
         patches = _inductor_config(own, inductor, prepared.few_tokens)
-    compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
+    with kernels_analysed_once():
+        compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return _relayout_after_first_call(compiled, prepared.relayout)
 
 
