@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._higher_order_ops import triton_kernel_wrap
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import GlobalSource
@@ -18,6 +17,7 @@ from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.schemas import AOTConfig
 from torch._functorch.aot_autograd import construct_fake_mode, process_inputs
 from torch._guards import TracingContext
+from torch._higher_order_ops import triton_kernel_wrap
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.codecache import CppCodeCache
 from torch._inductor.compile_fx import compile_fx

@@ -308,6 +308,18 @@ def test_many_units():
     assert_close(got, expected, torch.float32)
 
 
+@DTYPES
+@TOKENS
+def test_rows_times_a_gate_that_is_known(dtype, m):
+    n, d = 70, 63
+    x, weight, times = randn(m, d, dtype=dtype), randn(n, d, dtype=dtype), randn(m, n, dtype=dtype)
+    selection = chosen(n, "some")
+    got = ROWS.launch_rows(ROWS._rows_kernel, x, weight, None, selection, "identity", times=times)
+    wide = (t.float() for t in (x, weight))
+    exact = gathered_rows_reference(*wide, None, *selection, "identity", times.float())
+    assert_live(got, exact, selection, dtype)
+
+
 def test_same_input_gives_the_same_bits():
     hidden, weight, selection = randn(1, 200), randn(200, 63), chosen(200, "some")
     one, two = (
@@ -371,6 +383,10 @@ MASKS = {
         b, 1, 1, s
     ),
     "nothing": lambda b, h, s: torch.zeros(b, 1, 1, s, dtype=torch.bool),
+    # Another length for each sequence, and a window: no holes
+    "window": lambda b, h, s: (
+        torch.arange(s) % (s // 2 + 7 * torch.arange(b)[:, None, None, None] + 1) > s // 3
+    ),
 }
 
 

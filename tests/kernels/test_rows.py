@@ -174,6 +174,10 @@ def cases():
     return {
         "rows": (OPS.gathered_rows.default, (x, weight, torch.randn(n), *chosen, "relu")),
         "rows_no_bias": (OPS.gathered_rows.default, (x, weight, None, *chosen, "identity")),
+        "rows_times": (
+            OPS.gathered_rows.default,
+            (x, weight, None, *chosen, "relu", torch.randn(3, n)),
+        ),
         "rows_strided": (
             OPS.gathered_rows.default,
             (torch.randn(d, 3).T, torch.randn(2 * n, d)[::2], None, *chosen, "gelu"),

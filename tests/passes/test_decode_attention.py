@@ -48,6 +48,30 @@ def test_one_query_is_replaced(mask, kwargs):
     torch.testing.assert_close(got, model(*inputs(), mask), rtol=1e-5, atol=1e-5)
 
 
+class Scaled(nn.Module):
+    """OPT's: queries are scaled before heads are split. `twice`: something else reads them too."""
+
+    def __init__(self, *, twice=False):
+        super().__init__()
+        self.twice = twice
+
+    def forward(self, q, k, v):
+        q = q.transpose(1, 2).flatten(2) * 0.3
+        split = q.view(2, 1, 4, 16).transpose(1, 2)
+        y = F.scaled_dot_product_attention(split, k, v, scale=0.5)
+        return y + q.sum() if self.twice else y + 1
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_scale_of_the_queries_is_the_ops(twice):
+    model = Scaled(twice=twice)
+    got, recorder, count = run(model, *inputs())
+    assert count == 1
+    assert ("aten.mul.Tensor" in recorder.targets) is twice
+    exact = model(*(x.double() for x in inputs()))
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_shared_keys_and_values_are_read_in_place():
     model = Attention(enable_gqa=True)
     got, _, count = run(model, *inputs(kv_heads=2))

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from strategies import specs
+from torch import nn
 
+from dejavu_compile.passes import gemv
 from dejavu_compile.passes.find_sites import find_sites
 from dejavu_compile.passes.fuse import Fused, fuse
 from dejavu_compile.passes.rewrite import rewrite
@@ -113,6 +115,64 @@ def test_left_alone(make, expected):
     done, recorder = fused(make())
     assert done == expected
     assert "dejavu.gathered_glu" not in recorder.targets
+
+
+class _Known(nn.Module):
+    """What `gate` leaves: a gate that is known for every unit, times a gathered projection."""
+
+    def __init__(self, *, then=lambda x: x, gate_first=True, half=False):
+        super().__init__()
+        self.then, self.gate_first, self.half = then, gate_first, half
+
+    def forward(self, x, gate, weight, index, count):
+        gate = gate.exp()
+        known = gate.index_select(1, index)
+        rows = torch.ops.dejavu.gathered_rows(x, weight, None, index, count, "identity")
+        known = known.double() if self.half else known
+        return self.then(known * rows if self.gate_first else rows * known)
+
+
+def _known_inputs():
+    make = torch.Generator().manual_seed(0)
+    index = torch.randperm(40, generator=make).int()
+    x, gate, weight = (torch.randn(*s, generator=make) for s in ((2, 16), (2, 40), (40, 16)))
+    return x, gate, weight, index, torch.tensor(40, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_known_gate_is_multiplied_where_rows_are_gathered(gate_first):
+    model, (x, gate, weight, index, count) = _Known(gate_first=gate_first), _known_inputs()
+    got, recorder = models.record(model, x, gate, weight, index, count, passes=(fuse,))
+    assert recorder.results[0] == Fused(0, 0, 1)
+    assert {"aten.mul.Tensor", "aten.index_select"}.isdisjoint(recorder.targets)
+    exact = gate.double().exp() * (x.double() @ weight.double().T)
+    models.assert_near(got, exact[:, index.long()], 1e-5)
+
+
+def test_activation_of_a_product_stays_behind_it():
+    model, inputs = _Known(then=F.relu), _known_inputs()
+    got, recorder = models.record(model, *inputs, passes=(fuse, fuse))
+    assert [r.activations for r in recorder.results] == [0, 0]
+    assert "aten.relu" in recorder.targets
+    models.assert_near(got, model(*inputs), 1e-5)
+
+
+def test_known_gate_of_another_dtype_is_left_alone():
+    model, inputs = _Known(half=True), _known_inputs()
+    got, recorder = models.record(model, *inputs, passes=(fuse,))
+    assert recorder.results[0] == Fused(0, 0, 0)
+    models.assert_near(got, model(*inputs), 1e-5)
+
+
+@pytest.mark.parametrize(("act", "name"), [(F.silu, "silu"), (F.relu, "relu"), (F.gelu, "gelu")])
+def test_activation_goes_into_a_gemv(act, name, monkeypatch):
+    monkeypatch.setattr(gemv, "CPU_FROM", 0)
+    model, x = models.Plain(act), models.tokens(count=1)
+    got, recorder = models.record(model, x, passes=(gemv.use_gemv, fuse))
+    assert recorder.results[1] == Fused(1, 0)
+    (first, _) = [n for n in recorder.gm.graph.nodes if models.op(n) == "dejavu.gemv"]
+    assert first.args[3] == name
+    models.assert_near(got, model.double()(x.double()), 1e-5)
 
 
 def test_graph_without_gathered_projections_is_unchanged():

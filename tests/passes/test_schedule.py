@@ -87,6 +87,12 @@ def test_several_predictors_from_one_source():
     got, recorder = models.record(model, x, passes=(run,))
     assert recorder.results[0].moved == 2
     models.assert_near(got, models.oracle(model, x, KEEP))
+    # A join that waited for whatever was begun would wait for the next layer's predictor too.
+    nodes = recorder.gm.graph.nodes
+    begun = {n: n.args[4] for n in nodes if models.op(n) == "dejavu.select_begin"}
+    joined = {n.args[0].args[0]: n.args[4] for n in nodes if models.op(n) == "dejavu.select_join"}
+    assert begun == joined
+    assert set(begun.values()) == {0, 1}
 
 
 def test_nothing_to_schedule_changes_no_node():
