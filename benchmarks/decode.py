@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         row["tolerance"] = tolerance
         row["bytes"] = weight_bytes(model, density, heads) + cache
         result["rows"].append(row)
-        print({k: v for k, v in row.items() if k != "kernels"}, flush=True)
+        print({k: v for k, v in row.items() if k not in ("kernels", "timeline")}, flush=True)
         write(args.out, result | {"partial": True})
 
     for mode in args.modes:
@@ -169,7 +169,9 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="*", choices=VARIANTS, default=["inline", "side_stream"]
     )
-    parser.add_argument("--breakdown", action="store_true", help="time by kernel too (CUDA)")
+    parser.add_argument(
+        "--breakdown", action="store_true", help="time by kernel too, and in which order (CUDA)"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     args = parser.parse_args()
     if args.density is None and not args.attention_only:

@@ -315,6 +315,24 @@ def kernel_times(call: Callable[[], Any], calls: int = 10) -> list[dict[str, Any
     ]
 
 
+def timeline(call: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The GPU's work in one call, in order: kernel, stream, start and duration in microseconds."""
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    return [
+        {
+            "kernel": event.name[:100], "stream": event.device_resource_id,
+            "start_us": round(event.time_range.start - events[0].time_range.start, 2),
+            "us": round(event.time_range.elapsed_us(), 2),
+        }
+        for event in events
+    ]  # fmt: skip
+
+
 def oracle_logits(model: nn.Module, kept: list[Kept], length: int, batch: int = 1) -> torch.Tensor:
     """Logits of the eager step with all units zeroed that `kept` leaves out of the parts it names."""
     step = DecodeStep(model, model.forward, length, batch)
@@ -396,7 +414,7 @@ def measure(
     times = time_us(step, repeats, together=together)
     after = compile_counters()
     step.reset()
-    kernels = {"kernels": kernel_times(step)} if breakdown else {}
+    kernels = {"kernels": kernel_times(step), "timeline": timeline(step)} if breakdown else {}
     return {
         "provider": provider, "error": error, "compile_s": compile_s, **times,
         "recompiles": after["graphs"] - before["graphs"], "cudagraph_skips": after["cudagraph_skips"],

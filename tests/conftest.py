@@ -36,7 +36,7 @@ settings.register_profile(
 settings.register_profile(
     "quick",
     deadline=None,
-    max_examples=20,
+    max_examples=int(os.environ.get("EXAMPLES", "20")),
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
 )

@@ -63,7 +63,7 @@ class DecoderSpec:
     merge: str = "reshape"  # or flatten, view, permute
     # MLP
     units: int = 8
-    mlp: str = "plain"  # or gated, mixed, fused, interleaved, stacked, paired
+    mlp: str = "plain"  # or gated, added, mixed, fused, interleaved, stacked, paired
     activation: tuple[str, ...] = ("silu",)
     # both
     bias: bool = False
@@ -283,9 +283,10 @@ class MLP(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec = spec
-        fused = spec.mlp not in ("plain", "gated", "mixed")
+        apart = ("gated", "added", "mixed")
+        fused = spec.mlp not in ("plain", *apart)
         self.up = Projection(spec.width, spec.units * (2 if fused else 1), spec)
-        if spec.mlp in ("gated", "mixed"):
+        if spec.mlp in apart:
             self.gate = Projection(spec.width, spec.units, spec)
         self.down = Projection(spec.units, spec.width, spec)
 
@@ -301,6 +302,8 @@ class MLP(nn.Module):
             hidden = self._act(up)
         elif how == "gated":
             hidden = self._act(self.gate(x)) * up
+        elif how == "added":  # a unit is silent where both are
+            hidden = self._act(self.gate(x)) + self._act(up)
         elif how == "mixed":  # a factor for which every unit is needed
             hidden = self._act(self.gate(x)) * F.softmax(up, dim=-1)
         else:

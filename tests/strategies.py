@@ -124,7 +124,9 @@ def decoder_specs(draw, **fixed: object) -> DecoderSpec:
         softcap=choice(False, True),
         merge=choice("reshape", "flatten", "view", "permute"),
         units=number(2, 20),
-        mlp=choice("plain", "gated", "mixed", "fused", "interleaved", "stacked", "paired"),
+        mlp=choice(
+            "plain", "gated", "added", "mixed", "fused", "interleaved", "stacked", "paired"
+        ),
         activation=(choice("relu", *steps), *(choice(*steps) for _ in range(number(0, 2)))),
         bias=choice(False, True),
         spelling=choice("linear", "addmm", "matmul"),
