@@ -69,7 +69,7 @@ def _issue(options: Options) -> Issue:
 def _on_side_stream(
     options: Options, inductor: dict[str, Any], example_inputs: Sequence[Any]
 ) -> Options:
-    """`auto` is the side stream within CUDA graphs: 12 % off a layer of OPT-6.7B (docs/performance.md).
+    """`auto` is the side stream within CUDA graphs: a tenth off a layer of OPT-6.7B (docs/performance.md).
 
     Elsewhere the host pays for events more than the device gains.
     """

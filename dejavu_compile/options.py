@@ -21,7 +21,7 @@ class ExecutionMode(StrEnum):
 
 
 class IssueMode(StrEnum):
-    """How predictors run on CUDA: `auto` is in line, which measured as fast."""
+    """How predictors run on CUDA: `auto` is the side stream within CUDA graphs, in line elsewhere."""
 
     AUTO = "auto"
     INLINE = "inline"
