@@ -116,16 +116,19 @@ def assert_same(
     keep: list[Keep] | None = None,
     inputs: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """`got` is what the plain decoder gives with the others zeroed, in float64, but for rounding."""
+    """`got` is what the plain decoder gives with the others zeroed, in float64, but for rounding.
+
+    In 8 or 11 bits, steps like x**3 without norms turn one rounding into several per cent: 16 of them are allowed.
+    """
     ids, past = spec.inputs() if inputs is None else inputs
     want = spec.model().double()(ids, past.double(), keep)
     plain = spec.model()(ids, past, keep)
     for eager, ours, true in zip(plain, got, want, strict=True):
         assert ours.dtype is eager.dtype
         # A zero logit and a small one round alike: errors are those of the values that were added up.
-        assert_as_exact_as(
-            eager, ours, true, torch.cat((true.flatten(), true.new_full((1,), 16.0)))
-        )
+        among = torch.cat((true.flatten(), true.new_full((1,), 16.0)))
+        among = among if spec.dtype == "float32" else 16 * among
+        assert_as_exact_as(eager, ours, true, among)
 
 
 # --- rewriting -------------------------------------------------------------------------------------------

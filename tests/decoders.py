@@ -67,7 +67,7 @@ class DecoderSpec:
     activation: tuple[str, ...] = ("silu",)
     # both
     bias: bool = False
-    spelling: str = "linear"  # or addmm, matmul
+    spelling: str = "linear"  # or addmm, matmul, twice
     norm: str = "layer"  # or rms, none
     wiring: str = "serial"  # or parallel
     shared: bool = False  # all layers are the same modules
@@ -124,19 +124,24 @@ class Keep:
 
 
 class Projection(nn.Module):
-    """x @ W.T + b, spelled in one of the ways that models have."""
+    """x @ W.T + b, spelled in one of the ways that models have.
 
-    def __init__(self, width: int, features: int, spec: DecoderSpec) -> None:
+    `twice`: what comes out of a site has its bias added once more. (What goes into one may be cut up first.)
+    """
+
+    def __init__(self, width: int, features: int, spec: DecoderSpec, *, out: bool = False) -> None:
         super().__init__()
-        self.spelling = spec.spelling
+        self.spelling, self.out = spec.spelling, out
         shape = (width, features) if spec.spelling == "addmm" else (features, width)
         self.weight = nn.Parameter(torch.randn(shape) / width**0.5)
         biased = spec.bias or spec.spelling == "addmm"
         self.bias = nn.Parameter(torch.randn(features) / 2) if biased else None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.spelling == "linear":
-            return F.linear(x, self.weight, self.bias)
+        if self.spelling in ("linear", "twice"):
+            y = F.linear(x, self.weight, self.bias)
+            again = self.spelling == "twice" and self.out and self.bias is not None
+            return y + self.bias if again else y
         if self.spelling == "addmm":  # GPT-2
             y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
             return y.view(*x.shape[:-1], y.shape[-1])
@@ -171,7 +176,7 @@ class Attention(nn.Module):
             self.qkv = Projection(spec.width, queries + 2 * keys, spec)
         if spec.qk_norm:
             self.q_norm, self.k_norm = (Norm(spec.head_dim, "rms") for _ in range(2))
-        self.out = Projection(queries, spec.width, spec)
+        self.out = Projection(queries, spec.width, spec, out=True)
 
     def _heads(self, x: Tensor, heads: int) -> Tensor:
         """[batch, tokens, heads * dim] -> [batch, heads, tokens, dim]."""
@@ -288,7 +293,7 @@ class MLP(nn.Module):
         self.up = Projection(spec.width, spec.units * (2 if fused else 1), spec)
         if spec.mlp in apart:
             self.gate = Projection(spec.width, spec.units, spec)
-        self.down = Projection(spec.units, spec.width, spec)
+        self.down = Projection(spec.units, spec.width, spec, out=True)
 
     def _act(self, x: Tensor) -> Tensor:
         for step in self.spec.activation:

@@ -129,7 +129,7 @@ def decoder_specs(draw, **fixed: object) -> DecoderSpec:
         ),
         activation=(choice("relu", *steps), *(choice(*steps) for _ in range(number(0, 2)))),
         bias=choice(False, True),
-        spelling=choice("linear", "addmm", "matmul"),
+        spelling=choice("linear", "addmm", "matmul", "twice"),
         norm=choice("layer", "rms", "none"),
         wiring=choice("serial", "parallel"),
         shared=choice(False, False, True),
