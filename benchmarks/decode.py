@@ -19,12 +19,12 @@ import torch
 
 import dejavu_compile as dv
 from dejavu_compile.bench import (
-    COPY_BANDWIDTH,
     Kept,
     attach_gates,
     attach_random_predictors,
     build,
     cache_bytes,
+    copy_bandwidth,
     environment,
     measure,
     mlps,
@@ -47,6 +47,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "attention_only": args.attention_only, "kv_length": args.length, "density": args.density,
         "head_density": args.head_density, "batch": args.batch, "rows": [],
     }  # fmt: skip
+    if device == "cuda":
+        result["copy_bandwidth"] = copy_bandwidth()
     dense = oracle_logits(model, [], args.length, args.batch)
 
     def add(provider: str, expected: torch.Tensor, density: Any, heads: Any,
@@ -94,7 +96,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     best = min(r["p50"] for r in rows if r["provider"].startswith("inductor"))
     for row in rows:
         row["speedup"] = best / row["p50"] if row["error"] < row["tolerance"] else None
-        row["floor_us"] = 1e6 * row["bytes"] / COPY_BANDWIDTH if device == "cuda" else None
+        row["floor_us"] = (
+            1e6 * row["bytes"] / result["copy_bandwidth"] if device == "cuda" else None
+        )
         row["share_of_floor"] = row["floor_us"] / row["p50"] if device == "cuda" else None
     return result
 
@@ -120,6 +124,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "side_stream": {"dejavu.issue": "side_stream"},
     "mlps": {"dejavu.issue": "inline"},
     "no_gemv": {"dejavu.gemv": False},
+    "no_pdl": {"dejavu.pdl": False},
     "auto": {},
     "lossless": {},  # nothing attached
     "gate": {},  # MLPs by thresholds on their activated gates: Llama

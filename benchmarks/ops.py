@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dejavu_compile import kernels as dk
-from dejavu_compile.bench import COPY_BANDWIDTH, environment, time_us, write
+from dejavu_compile.bench import copy_bandwidth, environment, time_us, write
 from dejavu_compile.kernels.attention import _attention_kernel, launch_attention
 from dejavu_compile.kernels.gathered_sum import _sum_kernel, launch_sum
 from dejavu_compile.kernels.gemv import _gemv_kernel, launch_gemv
@@ -254,7 +254,7 @@ def main() -> None:
         check(w)
         for name, (body, num_bytes) in cases(w).items():
             us = graph_us(body, args.layers)
-            share = num_bytes / COPY_BANDWIDTH * 1e6 / us
+            share = num_bytes / copy_bandwidth() * 1e6 / us
             rows.append(
                 {"shape": shape, "op": name, "us": us, "bytes": num_bytes, "share_of_floor": share}
             )

@@ -7,6 +7,7 @@ that changes.
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx, nn
@@ -18,14 +19,18 @@ from torch._functorch._aot_autograd.schemas import AOTConfig
 from torch._functorch.aot_autograd import construct_fake_mode, process_inputs
 from torch._guards import TracingContext
 from torch._higher_order_ops import triton_kernel_wrap
+from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options, list_options
 from torch._inductor.codecache import CppCodeCache
+from torch._inductor.codegen.triton import TritonKernel
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
 __all__ = [
+    "EARLY_LAUNCH",
     "CustomGraphPass",
     "FakeTensor",
     "TracingContext",
@@ -34,8 +39,10 @@ __all__ = [
     "compile_counters",
     "compile_fx",
     "guard_identity",
+    "has_early_launch",
     "inductor_option_names",
     "kernels_analysed_once",
+    "launched_early",
     "list_mode_options",
     "load_cpp",
     "names_in",
@@ -203,3 +210,69 @@ def _kind(value: Any) -> Hashable:
     if dtype is None and callable(getattr(value, "get_dtype", None)):
         dtype = value.get_dtype()
     return type(value), dtype if dtype is not None else str(value)
+
+
+EARLY_LAUNCH = "triton.enable_pdl"  # Inductor's option for its own kernels
+_GENERATES = (
+    "_enable_pdl_codegen",
+    "_handle_pdl_before_access",
+    "_handle_pdl_after_load",
+    "_filter_pdl",
+)
+
+
+def has_early_launch(device: torch.device) -> bool:
+    """Whether kernels on this device can be launched before their predecessors end.
+
+    Programmatic dependent launch: CUDA, compute capability 9.0 and up.
+    """
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+        and hasattr(inductor_config.triton, "enable_pdl")
+        and all(hasattr(TritonKernel, name) for name in _GENERATES)
+    )
+
+
+@contextmanager
+def launched_early() -> Iterator[None]:
+    """Meanwhile Inductor gives all kernels programmatic dependent launch, ours among them.
+
+    For graphs compiled with `EARLY_LAUNCH`. Inductor's own kernels would wait only where they read what the kernel
+    before wrote; here every one waits, and only then lets the next start. So a kernel that starts knows that all but
+    the one before it have ended. Ours are written so; of them Inductor only needs to hear it.
+    """
+    wait, start = TritonKernel.GDC_WAIT, TritonKernel.GDC_LAUNCH
+
+    def before_access(self: Any, buffer: Any, *dependencies: Any, **_: Any) -> None:
+        if self._enable_pdl_codegen():
+            looped = self.inside_reduction and self.range_trees[-1].is_loop
+            (self.body if looped else buffer).writeline(wait)
+
+    def after_load(self: Any, *_: Any) -> None:
+        """Said at the beginning."""
+
+    def filtered(self: Any, code: Any) -> None:
+        is_wait = [type(line) is str and wait in line for line in code._lines]
+        if any(is_wait):
+            first = is_wait.index(True)
+            lines = [line for line, waits in zip(code._lines, is_wait, strict=True) if not waits]
+            line = code._lines[first]
+            code._lines = [*lines[:first], line, line.replace(wait, start), *lines[first:]]
+
+    define_kernel = PythonWrapperCodegen.define_kernel
+
+    def define(self: Any, name: str, body: str, *args: Any, **kwargs: Any) -> None:
+        if "'EARLY': False" in body:
+            body = body.replace("'EARLY': False", "'EARLY': True")
+            body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ")
+        define_kernel(self, name, body, *args, **kwargs)
+
+    with (
+        mock.patch.object(TritonKernel, "_handle_pdl_before_access", before_access),
+        mock.patch.object(TritonKernel, "_handle_pdl_after_load", after_load),
+        mock.patch.object(TritonKernel, "_filter_pdl", filtered),
+        mock.patch.object(PythonWrapperCodegen, "define_kernel", define),
+    ):
+        yield

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ import dejavu_compile.kernels
 import dejavu_compile.passes
 from dejavu_compile.passes.counters import count_together
 from dejavu_compile.passes.decode_attention import use_decode_attention
+from dejavu_compile.passes.early import why_not_early
 from dejavu_compile.passes.find_sites import find_sites, resolve
 from dejavu_compile.passes.fuse import fuse
 from dejavu_compile.passes.gemv import use_gemv
@@ -29,12 +31,15 @@ from dejavu_compile.passes.schedule import Issue, schedule
 from dejavu_compile.passes.site import Found
 
 from ._compat import (
+    EARLY_LAUNCH,
     CustomGraphPass,
     check_strides_every_call,
     compile_fx,
     guard_identity,
+    has_early_launch,
     inductor_option_names,
     kernels_analysed_once,
+    launched_early,
     unset_fake_temporarily,
 )
 from .attachments import guards_needed, make_unit_major, note_compiled
@@ -52,7 +57,8 @@ Compiled = Callable[..., Any]
 class Prepared:
     """A graph module after our passes, with what they found and decided.
 
-    `few_tokens`: projections became GEMVs, as in a decode step.
+    `few_tokens`: projections became GEMVs, as in a decode step. `early_launch`: their weights may be read while
+    the kernel before still runs.
     """
 
     found: Found
@@ -60,6 +66,7 @@ class Prepared:
     relayout: tuple[tuple[int, Relayout], ...]
     modified: bool
     few_tokens: bool = False
+    early_launch: bool = False
 
 
 def _issue(options: Options) -> Issue:
@@ -123,7 +130,17 @@ def prepare(
         log.debug("%s: %s (%s)", site_plan.site.name, site_plan.decision.policy, site_plan.reason)
     position = {node: i for i, node in enumerate(inputs)}
     relayout = tuple((position[r.weight], r) for r in plan.relayout if r.weight in position)
-    return Prepared(found, plan, relayout, modified, few_tokens)
+    early = few_tokens and options.pdl and has_early_launch(_device(example_inputs))
+    if early and (reason := why_not_early(gm.graph)) is not None:
+        log.info("kernels aren't launched early: %s", reason)
+        early = False
+    return Prepared(found, plan, relayout, modified, few_tokens, early)
+
+
+def _device(example_inputs: Sequence[Any]) -> torch.device:
+    """Where the graph runs."""
+    tensors = (x for x in example_inputs if isinstance(x, torch.Tensor))
+    return max((x.device for x in tensors), key=lambda device: device.type != "cpu")
 
 
 _warned_of_grad = False
@@ -208,15 +225,19 @@ def _check_option_names(inductor: dict[str, Any]) -> None:
 
 
 def _inductor_config(
-    options: Options, inductor: dict[str, Any], few_tokens: bool
+    options: Options, inductor: dict[str, Any], prepared: Prepared
 ) -> dict[str, Any]:
     """The user's Inductor options with what our graph needs."""
+    if not prepared.modified:
+        return inductor
     slot = "post_grad_custom_post_pass"
     if inductor.get(slot) is not None:
         slot = "post_grad_custom_pre_pass"
     # Inductor would sink a predictor to just before its site, and undo the lookahead. (facts: trap 6)
     ordering = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
-    if few_tokens:
+    if prepared.early_launch:
+        ordering[EARLY_LAUNCH] = True
+    if prepared.few_tokens:
         # A norm is one launch instead of three: there is nothing to spread over the chip.
         ordering["split_reductions"] = False
     return {**ordering, **inductor, slot: _CacheKey(options)}
@@ -241,10 +262,12 @@ def dejavu(
     if _needs_grad(example_inputs):
         return compile_fx(gm, example_inputs, config_patches=inductor or None)
     prepared = prepare(gm, example_inputs, _on_side_stream(own, inductor, example_inputs))
-    patches = inductor
-    if prepared.modified:
-        patches = _inductor_config(own, inductor, prepared.few_tokens)
-    with kernels_analysed_once():
+    if not inductor.get("triton.cudagraphs"):
+        # Outside CUDA graphs the kernel before ours may be one that writes a weight.
+        prepared = dataclasses.replace(prepared, early_launch=False)
+    patches = _inductor_config(own, inductor, prepared)
+    early = launched_early() if patches.get(EARLY_LAUNCH) else nullcontext()
+    with kernels_analysed_once(), early:
         compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return _relayout_after_first_call(compiled, prepared.relayout)
 

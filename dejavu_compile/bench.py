@@ -14,6 +14,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,6 @@ from dejavu_compile.passes.site import Policy, PredictorWeights
 from ._compat import compile_counters
 from .attachments import Attachment, attach, attached, fingerprint, make_unit_major
 from .predictors import rank_for_budget
-
-COPY_BANDWIDTH = 4.27e12  # bytes/s, device-to-device copy measured on one H200
 
 
 def opt(hidden: int, ffn: int, layers: int, heads: int, context: int = 2048) -> OPTConfig:
@@ -295,6 +294,18 @@ def time_us(
             samples.append(1e6 * (time.perf_counter() - start))
     quantiles = statistics.quantiles(samples, n=10)
     return {"p20": quantiles[1], "p50": statistics.median(samples), "p80": quantiles[7]}
+
+
+@cache
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy of 2 GiB on this GPU: what a byte floor is reckoned with.
+
+    4.27e12 on an H200, some 3.0e12 on an H100.
+    """
+    source = torch.zeros(2 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    us = time_us(lambda: target.copy_(source), 10)["p50"]
+    return 2 * source.numel() / us * 1e6
 
 
 def kernel_times(call: Callable[[], Any], calls: int = 10) -> list[dict[str, Any]]:

@@ -37,6 +37,9 @@ class Options:
     max_tokens: int = 4  # tokens a step up to which an MLP runs the union of the selections
     exact: bool = True  # skip units that the graph's own ReLU zeroes, also with no artifact
     gemv: bool = True  # our ops for the projections (on a CPU, attention too) of a decode step that stay dense
+    pdl: bool = (
+        True  # programmatic dependent launch, within CUDA graphs on compute capability 9.0 and up
+    )
     dump: str = ""  # a folder for the graph before and after each pass
 
 

@@ -45,6 +45,19 @@ def power_of_2(n: int) -> int:
 
 
 @jit
+def wait_for_previous(EARLY: tl.constexpr):
+    """Wait until the kernel before has ended, then let the next one's programs start.
+
+    EARLY: launched by programmatic dependent launch, which the compiler decides (`_compat.launched_early`). Every
+    program of every kernel does this. So what a kernel may read before it waits are weights, and what the kernel
+    before has read as well: whoever wrote that has ended. Not by the L1 cache, which may hold older values.
+    """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@jit
 def is_last(arrived_ptr, programs):
     """Whether this is the last of `programs` programs to get here; it leaves the counter at zero.
 

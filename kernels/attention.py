@@ -25,6 +25,7 @@ from ._triton import (
     jit,
     power_of_2,
     tl,
+    wait_for_previous,
     wrap_triton,
 )
 from .gemv import running
@@ -64,7 +65,7 @@ def _attention_kernel(
     D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
     SELECT: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
     SCAN: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * kv_heads, splits): the GROUP heads that share keys are rows of one product.
 
@@ -72,6 +73,7 @@ def _attention_kernel(
     read ahead, and no more where the slots that it allows have no holes between them; 0: it isn't. A group of which no head runs ends at once. Of the others the last split to finish joins what all of them left.
     SPLITS is a power of two, at least the number of splits.
     """
+    wait_for_previous(EARLY)
     at, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     b, g = at // kv_heads, at % kv_heads
     row = tl.arange(0, ROWS)
@@ -270,7 +272,7 @@ def launch_attention(
         scale, softcap, kv_heads, slots, per_split, q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *mask_strides,
         D=d, E=e, GROUP=group, MASK=kind, CAP=softcap != 0, SELECT=score is not None,
-        ROWS=max(LEAST, power_of_2(group)), SPLITS=power_of_2(splits), SCAN=scan,
+        ROWS=max(LEAST, power_of_2(group)), SPLITS=power_of_2(splits), SCAN=scan, EARLY=False,
         BLOCK_D=max(LEAST, power_of_2(d)), BLOCK_E=max(LEAST, power_of_2(e)), **config,
     )  # fmt: skip
     return out

@@ -21,6 +21,7 @@ from ._triton import (
     jit,
     power_of_2,
     tl,
+    wait_for_previous,
     wrap_triton,
 )
 from .rows import CPU_DENSE_ABOVE, check_rows
@@ -41,38 +42,53 @@ def gathered_sum_reference(
 
 
 @jit
+def rows_of(weight_ptr, unit, live, column, d, stride):
+    """Some columns of the rows of these units, zero where not `live`."""
+    return tl.load(
+        weight_ptr + unit[:, None].to(tl.int64) * stride + column[None, :],
+        mask=live[:, None] & (column[None, :] < d), other=0.0,
+    )  # fmt: skip
+
+
+@jit
 def _sum_kernel(
     hidden_ptr, weight_ptr, index_ptr, count_ptr, part_ptr, arrived_ptr, out_ptr, n, d, weight_stride,
     TOKENS: tl.constexpr, COMPACTED: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, splits). Each split takes an equal, contiguous share of the live slots.
 
     Where there is more than one (SPLIT), the last to finish a block of columns adds up what the others left.
     """
+    if not COMPACTED:
+        # Its selection may come from the very kernel before; of compacted values that is the one that made them.
+        wait_for_previous(EARLY)
     block = tl.program_id(0)
     column = block * BLOCK_D + tl.arange(0, BLOCK_D)
     split, splits = tl.program_id(1), tl.num_programs(1)
-    count = tl.load(count_ptr)
+    count = tl.load(count_ptr, cache_modifier=".cg")
     share = tl.cdiv(count, splits)
     first = split * share
     last = tl.minimum(first + share, count)
     for token in tl.static_range(TOKENS):
-        total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
         slot = first + tl.arange(0, BLOCK_J)
-        unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
-        for _ in range(first, last, BLOCK_J):
-            live = slot < last
+        unit = tl.load(index_ptr + slot, mask=slot < n, other=0, cache_modifier=".cg")
+        w = rows_of(weight_ptr, unit, slot < last, column, d, weight_stride)
+        if COMPACTED:
+            wait_for_previous(EARLY)
+        at = slot if COMPACTED else unit
+        h = tl.load(hidden_ptr + token * n + at, mask=slot < last, other=0.0).to(tl.float32)
+        slot += BLOCK_J
+        unit = tl.load(index_ptr + slot, mask=slot < last, other=0, cache_modifier=".cg")
+        total = h[:, None] * w.to(tl.float32)
+        for _ in range(first + BLOCK_J, last, BLOCK_J):
             at = slot if COMPACTED else unit
-            h = tl.load(hidden_ptr + token * n + at, mask=live, other=0.0).to(tl.float32)
-            w = tl.load(
-                weight_ptr + unit[:, None].to(tl.int64) * weight_stride + column[None, :],
-                mask=live[:, None] & (column[None, :] < d), other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            total += h[:, None] * w
+            h = tl.load(hidden_ptr + token * n + at, mask=slot < last, other=0.0).to(tl.float32)
+            w = rows_of(weight_ptr, unit, slot < last, column, d, weight_stride)
+            total += h[:, None] * w.to(tl.float32)
             # Asked for ahead: the next round's weights wait for one latency less
             slot += BLOCK_J
-            unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
+            unit = tl.load(index_ptr + slot, mask=slot < last, other=0, cache_modifier=".cg")
         part = (split * TOKENS + token).to(tl.int64) * d + column
         target = part_ptr if SPLIT else out_ptr
         tl.store(target + part, tl.sum(total, axis=0), mask=column < d)
@@ -106,7 +122,7 @@ def launch_sum(
     part = empty(splits, tokens, d, like=hidden, dtype=torch.float32) if splits > 1 else out
     kernel[(blocks, splits)](
         hidden, weight, index, count, part, arrived, out, n, d, weight.stride(0),
-        TOKENS=tokens, COMPACTED=compacted, SPLIT=splits > 1, **config,
+        TOKENS=tokens, COMPACTED=compacted, SPLIT=splits > 1, EARLY=False, **config,
     )  # fmt: skip
     return out
 

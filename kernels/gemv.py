@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import cdiv, empty, jit, tl, wrap_triton
+from ._triton import cdiv, empty, jit, tl, wait_for_previous, wrap_triton
 from .activations import REFERENCE, activate
-from .rows import check_rows, dots, row_blocks
+from .rows import check_rows, dots, first_columns, row_blocks
 
 MOST = 4  # projections in one launch
 
@@ -56,9 +56,12 @@ def _gemv_block(
     block, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3, owner_ptr, score_ptr, out_ptr,
     n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
     D: tl.constexpr, TOKENS: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr, OWNED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_J rows of one of the weights. BIAS has a bit for each weight that has one."""
+    """BLOCK_J rows of one of the weights. BIAS has a bit for each weight that has one.
+
+    All but a weight's first columns waits for the kernel before.
+    """
     total = n0 + n1 + n2 + n3
     weight_ptr, bias_ptr, n, stride, first = weight0, bias0, n0, stride0, 0
     with_bias = BIAS
@@ -68,6 +71,7 @@ def _gemv_block(
         if block * BLOCK_J < n0:
             owner = tl.load(owner_ptr + block * BLOCK_J // owned_rows)
             if owner >= 0:
+                wait_for_previous(EARLY)
                 runs = block < 0
                 for token in tl.static_range(TOKENS):
                     score = tl.load(score_ptr + token * heads + owner).to(tl.float32)
@@ -93,8 +97,10 @@ def _gemv_block(
         unit = block * BLOCK_J + tl.arange(0, BLOCK_J)
         live = unit < n
         row = weight_ptr + unit[:, None].to(tl.int64) * stride
+        begun = first_columns(row, live, D, BLOCK_D)
+        wait_for_previous(EARLY)
         for token in tl.static_range(TOKENS):
-            y = dots(x_ptr + token * D, row, live, D, BLOCK_J, BLOCK_D)
+            y = dots(x_ptr + token * D, row, begun, live, D, BLOCK_J, BLOCK_D)
             if BIAS:
                 y += tl.load(bias_ptr + unit, mask=live & (with_bias != 0), other=0.0).to(
                     tl.float32
@@ -110,11 +116,16 @@ def _gemv_kernel(
     n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
     D: tl.constexpr, TOKENS: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr, OWNED: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, LOOP: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: the row blocks of each weight, one weight after the other, one program each.
 
     LOOP says so in a loop that turns once: the same work, scheduled otherwise by the compiler.
     """
+    first = tl.program_id(0)
+    if OWNED:
+        # Rows that wait for a score come last.
+        first = tl.num_programs(0) - 1 - first
     if LOOP:
         blocks = (
             tl.cdiv(n0, BLOCK_J)
@@ -122,19 +133,19 @@ def _gemv_kernel(
             + tl.cdiv(n2, BLOCK_J)
             + tl.cdiv(n3, BLOCK_J)
         )
-        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
+        for block in range(first, blocks, tl.num_programs(0)):
             _gemv_block(
                 block, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3,
                 owner_ptr, score_ptr, out_ptr,
                 n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
-                D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, BLOCK_J, BLOCK_D,
+                D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, BLOCK_J, BLOCK_D, EARLY,
             )  # fmt: skip
     else:
         _gemv_block(
-            tl.program_id(0), x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3,
+            first, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3,
             owner_ptr, score_ptr, out_ptr,
             n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
-            D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, BLOCK_J, BLOCK_D,
+            D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, BLOCK_J, BLOCK_D, EARLY,
         )  # fmt: skip
 
 
@@ -174,7 +185,7 @@ def launch_gemv(
         x if owner is None else owner, x if score is None else score, out,
         *sizes, *([0] * absent), *(weight.stride(0) for weight in weights), *([0] * absent), heads, owned_rows,
         D=d, TOKENS=tokens, WEIGHTS=len(weights), BIAS=sum(1 << i for i, b in enumerate(biases) if b is not None),
-        OWNED=owner is not None, ACTIVATION=activation, **config,
+        OWNED=owner is not None, ACTIVATION=activation, EARLY=False, **config,
     )  # fmt: skip
     return out
 

@@ -22,8 +22,10 @@ from ._triton import (
     jit,
     power_of_2,
     tl,
+    wait_for_previous,
     wrap_triton,
 )
+from .gathered_sum import rows_of
 from .gemv import running
 from .rows import check_rows
 
@@ -38,10 +40,19 @@ def head_sum_reference(hidden: Tensor, weight: Tensor, score: Tensor) -> Tensor:
 
 
 @jit
+def _block_of(item, items, place, head, WIDTH: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The item's head, its BLOCK_J rows of the weight, and which of them there are."""
+    blocks: tl.constexpr = (WIDTH + BLOCK_J - 1) // BLOCK_J
+    at = tl.sum(tl.where(place == item // blocks, head, 0), axis=0)
+    j = (item % blocks) * BLOCK_J + tl.arange(0, BLOCK_J)
+    return at, at * WIDTH + j, (j < WIDTH) & (item < items)
+
+
+@jit
 def _head_sum_kernel(
     hidden_ptr, weight_ptr, score_ptr, part_ptr, arrived_ptr, out_ptr, heads, d, weight_stride,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, splits). A split takes every num_splits-th block of rows of the running heads.
 
@@ -53,30 +64,29 @@ def _head_sum_kernel(
     head = tl.arange(0, HEADS)
     any_runs = tl.zeros([HEADS], dtype=tl.int32)
     for token in tl.static_range(TOKENS):
-        scores = tl.load(score_ptr + token * heads + head, mask=head < heads, other=-1.0)
+        at = score_ptr + token * heads + head
+        scores = tl.load(at, mask=head < heads, other=-1.0, cache_modifier=".cg")
         any_runs = any_runs | ((scores > 0) | (scores != scores)).to(tl.int32)
     place = tl.where(any_runs != 0, tl.cumsum(any_runs, axis=0) - 1, -1)
     blocks: tl.constexpr = (WIDTH + BLOCK_J - 1) // BLOCK_J
     items = tl.sum(any_runs, axis=0) * blocks
     for token in tl.static_range(TOKENS):
         total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
+        at, row, live = _block_of(split, items, place, head, WIDTH, BLOCK_J)
+        w = rows_of(weight_ptr, row, live, column, d, weight_stride)
+        wait_for_previous(EARLY)
         for item in range(split, items, splits):
-            at = tl.sum(tl.where(place == item // blocks, head, 0), axis=0)
-            j = (item % blocks) * BLOCK_J + tl.arange(0, BLOCK_J)
-            live = j < WIDTH
-            row = at * WIDTH + j
-            mine = live
             if TOKENS > 1:
-                score = tl.load(score_ptr + token * heads + at + 0 * j).to(tl.float32)
-                mine = live & ((score > 0) | (score != score))
+                score = tl.load(score_ptr + token * heads + at + 0 * row).to(tl.float32)
+                live = live & ((score > 0) | (score != score))
             h = tl.load(
-                hidden_ptr + token * heads * WIDTH + row, mask=mine, other=0.0
+                hidden_ptr + token * heads * WIDTH + row, mask=live, other=0.0
             ).to(tl.float32)  # fmt: skip
-            w = tl.load(
-                weight_ptr + row[:, None].to(tl.int64) * weight_stride + column[None, :],
-                mask=live[:, None] & (column[None, :] < d), other=0.0,
-            ).to(tl.float32)  # fmt: skip
-            total += h[:, None] * w
+            # The next round's weights are asked for before this one's are waited for.
+            at, row, live = _block_of(item + splits, items, place, head, WIDTH, BLOCK_J)
+            following = rows_of(weight_ptr, row, live, column, d, weight_stride)
+            total += h[:, None] * w.to(tl.float32)
+            w = following
         part = (split * TOKENS + token).to(tl.int64) * d + column
         target = part_ptr if SPLIT else out_ptr
         tl.store(target + part, tl.sum(total, axis=0), mask=column < d)
@@ -113,7 +123,7 @@ def launch_head_sum(
     part = empty(splits, tokens, d, like=hidden, dtype=torch.float32) if splits > 1 else out
     kernel[(blocks, splits)](
         hidden, weight, score, part, arrived, out, heads, d, weight.stride(0),
-        WIDTH=width, TOKENS=tokens, HEADS=power_of_2(heads), SPLIT=splits > 1, **config,
+        WIDTH=width, TOKENS=tokens, HEADS=power_of_2(heads), SPLIT=splits > 1, EARLY=False, **config,
     )  # fmt: skip
     return out
 

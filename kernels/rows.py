@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
+from ._triton import (
+    PROCESSORS,
+    cdiv,
+    empty,
+    jit,
+    power_of_2,
+    tl,
+    wait_for_previous,
+    wrap_triton,
+)
 from .activations import REFERENCE, activate
 
 # Above this share of selected units the CPU multiplies densely: a gather copies each row before it is
@@ -50,11 +59,20 @@ def gathered_glu_reference(
 
 
 @jit
-def dots(x_ptr, row, live, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The dot product of x [D] with each of BLOCK_J rows; `row` [BLOCK_J, 1] points to their beginnings."""
+def first_columns(row, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The first block of columns of some rows of a weight; `row` [BLOCK_J, 1] points to their beginnings."""
+    at = tl.arange(0, BLOCK_D)
+    return tl.load(row + at[None, :], mask=live[:, None] & (at[None, :] < D), other=0.0)
+
+
+@jit
+def dots(x_ptr, row, begun, live, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The dot product of x [D] with each of BLOCK_J rows, of which `begun` are the first columns."""
     # Products are added up per column and reduced once: no cross-warp sum in the loop.
-    total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
-    for start in tl.static_range(0, D, BLOCK_D):
+    at = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+    total = begun.to(tl.float32) * x[None, :]
+    for start in tl.static_range(BLOCK_D, D, BLOCK_D):
         at = start + tl.arange(0, BLOCK_D)
         x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
         inside = live[:, None] & (at[None, :] < D)
@@ -71,9 +89,10 @@ def _rows_kernel(
     GLU: tl.constexpr, TIMES: tl.constexpr,
     BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: a fixed number of programs, each taking every num_programs-th block of BLOCK_J slots."""
+    wait_for_previous(EARLY)
     step = tl.num_programs(0) * BLOCK_J
     slot = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     # Loaded beside the count and ahead of each round: one latency less before the weights are asked for.
@@ -83,13 +102,15 @@ def _rows_kernel(
         live = slot < count
         row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride  # [BLOCK_J, 1]
         for token in tl.static_range(TOKENS):
-            y = dots(x_ptr + token * D, row, live, D, BLOCK_J, BLOCK_D)
+            begun = first_columns(row, live, D, BLOCK_D)
+            y = dots(x_ptr + token * D, row, begun, live, D, BLOCK_J, BLOCK_D)
             if BIAS:
                 y += tl.load(bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
             y = activate(y, ACTIVATION)
             if GLU:
                 up_row = up_ptr + unit[:, None].to(tl.int64) * up_stride
-                up = dots(x_ptr + token * D, up_row, live, D, BLOCK_J, BLOCK_D)
+                begun = first_columns(up_row, live, D, BLOCK_D)
+                up = dots(x_ptr + token * D, up_row, begun, live, D, BLOCK_J, BLOCK_D)
                 if UP_BIAS:
                     up += tl.load(up_bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
                 y = y * up
@@ -145,7 +166,7 @@ def launch_rows(
         x if up_bias is None else up_bias, x if times is None else times, *selection, out,
         n, weight.stride(0), 0 if up is None else up.stride(0),
         D=d, TOKENS=tokens, GLU=up is not None, TIMES=times is not None, BIAS=bias is not None,
-        UP_BIAS=up_bias is not None, ACTIVATION=activation, **config,
+        UP_BIAS=up_bias is not None, ACTIVATION=activation, EARLY=False, **config,
     )  # fmt: skip
     return out
 
