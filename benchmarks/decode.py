@@ -122,7 +122,7 @@ def in_float32(
 VARIANTS: dict[str, dict[str, Any]] = {
     "inline": {"dejavu.issue": "inline"},
     "side_stream": {"dejavu.issue": "side_stream"},
-    "mlps": {"dejavu.issue": "inline"},
+    "mlps": {},  # attention stays dense
     "no_gemv": {"dejavu.gemv": False},
     "no_pdl": {"dejavu.pdl": False},
     "auto": {},

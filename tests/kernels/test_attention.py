@@ -58,7 +58,7 @@ def test_equals_float64(form, dtype, heads, kv_heads, slots, d, mask):
     got = form(q, k, v, mask, 0.3, 0.0, None)
     assert got.dtype is dtype
     low = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
-    models.assert_as_exact_as(low, got, want)
+    models.assert_as_exact_as(low, got, want, v)  # rounding is that of the values averaged
 
 
 @FORMS
@@ -145,4 +145,4 @@ def test_heads_that_do_not_run_give_zero_and_are_not_read(form, dtype, share):
     low = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
     low = low.masked_fill(~keep[:, :, None, None], 0.0)
     q = q.masked_fill(~keep[:, :, None, None], float("nan"))
-    models.assert_as_exact_as(low, form(q, k, v, None, 0.3, 0.0, score), want)
+    models.assert_as_exact_as(low, form(q, k, v, None, 0.3, 0.0, score), want, v)
