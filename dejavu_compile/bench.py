@@ -175,7 +175,7 @@ def attach_random_predictors(
             generator = torch.Generator().manual_seed(number)
             order = torch.randperm(part.units, generator=generator)
             picked = order[: round(share * part.units)].sort().values
-            predictor = make(part, budget, generator)
+            predictor = make(part, budget, number)
             predictor.bias.fill_(-1e6)[picked.to(part.out.device)] = 1e6
             attach(
                 part.out,
@@ -213,19 +213,21 @@ def attach_gates(model: nn.Module, density: float, length: int, batch: int = 1) 
     return kept
 
 
-def _mlp_predictor(part: Part, budget: float, generator: torch.Generator) -> PredictorWeights:
+def _mlp_predictor(part: Part, budget: float, seed: int) -> PredictorWeights:
     """int8, its rank set by the byte budget."""
+    generator = torch.Generator(part.out.device).manual_seed(seed)
     width = part.out.shape[0]
     rank = rank_for_budget(part.num_bytes, width, part.units, 1, budget)
     down, up = (
-        torch.randint(-8, 9, shape, generator=generator, dtype=torch.int8).to(part.out.device)
+        torch.randint(-8, 9, shape, generator=generator, dtype=torch.int8, device=part.out.device)
         for shape in ((rank, width), (part.units, rank))
     )
     return PredictorWeights(down, up, torch.empty(part.units, device=part.out.device))
 
 
-def _head_predictor(part: Part, budget: float, generator: torch.Generator) -> PredictorWeights:
+def _head_predictor(part: Part, budget: float, seed: int) -> PredictorWeights:
     """Of full rank, in the model's dtype: heads are few."""
+    generator = torch.Generator().manual_seed(seed)
     like = {"device": part.out.device, "dtype": part.out.dtype}
     up = torch.randn(part.units, part.out.shape[0], generator=generator).to(**like)
     return PredictorWeights(None, up, torch.empty(part.units, device=part.out.device))
