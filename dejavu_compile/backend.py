@@ -30,6 +30,7 @@ from dejavu_compile.passes.rewrite import rewrite
 from dejavu_compile.passes.schedule import Issue, schedule
 from dejavu_compile.passes.site import Found
 
+from . import _compat
 from ._compat import (
     EARLY_LAUNCH,
     CustomGraphPass,
@@ -199,13 +200,13 @@ class _CacheKey(CustomGraphPass):
         """Leave the graph alone."""
 
     def uuid(self) -> str:
-        """Digest of the options and of every source file of passes/ and kernels/."""
+        """Digest of the options and of every source file that decides what code is generated."""
         return f"{_sources_digest()} {self.options}"
 
 
 @cache
 def _sources_digest() -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(Path(_compat.__file__).read_bytes())
     for package in (dejavu_compile.passes, dejavu_compile.kernels):
         for file in sorted(Path(package.__file__).parent.glob("*.py")):
             digest.update(file.read_bytes())
@@ -266,8 +267,8 @@ def dejavu(
         # Outside CUDA graphs the kernel before ours may be one that writes a weight.
         prepared = dataclasses.replace(prepared, early_launch=False)
     patches = _inductor_config(own, inductor, prepared)
-    early = launched_early() if patches.get(EARLY_LAUNCH) else nullcontext()
-    with kernels_analysed_once(), early:
+    early = prepared.early_launch and patches[EARLY_LAUNCH]  # or the user's own wish
+    with kernels_analysed_once(), launched_early() if early else nullcontext():
         compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return _relayout_after_first_call(compiled, prepared.relayout)
 

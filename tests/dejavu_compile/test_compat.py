@@ -3,6 +3,9 @@
 import pytest
 import torch
 from torch._higher_order_ops import triton_kernel_wrap
+from torch._inductor.codegen.triton import TritonKernel
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.utils import IndentedBuffer
 
 from dejavu_compile import _compat
 
@@ -78,3 +81,46 @@ def test_an_error_leaves_torch_as_it_was(analysed):
     with pytest.raises(KeyError), _compat.kernels_analysed_once():
         raise KeyError
     assert getattr(triton_kernel_wrap, NAME) is before
+
+
+# --- programmatic dependent launch -----------------------------------------------------------------------
+
+
+def test_early_launch_is_known_to_this_torch_and_off_without_a_gpu():
+    assert all(hasattr(TritonKernel, name) for name in _compat._GENERATES)
+    assert not _compat.has_early_launch(torch.device("cpu"))
+
+
+def test_a_kernel_waits_once_before_all_it_does_and_then_lets_the_next_start():
+    code = IndentedBuffer()
+    wait, start = TritonKernel.GDC_WAIT, TritonKernel.GDC_LAUNCH
+    for line in ("x = arange()", wait, "a = load(x)", wait, "b = load(a)", wait, "store(b)"):
+        code.writeline(line)
+    with _compat.launched_early():
+        TritonKernel._filter_pdl(None, code)
+    expected = ["x = arange()", wait, start, "a = load(x)", "b = load(a)", "store(b)"]
+    assert code.getvalue().split("\n")[:-1] == expected
+
+
+def test_only_kernels_that_say_so_are_launched_early(monkeypatch):
+    defined = {}
+    monkeypatch.setattr(
+        PythonWrapperCodegen, "define_kernel",
+        lambda self, name, body, *args, **kwargs: defined.__setitem__(name, body),
+    )  # fmt: skip
+    ours = "triton_meta={'constants': {'EARLY': False}}"
+    theirs = "triton_meta={'constants': {'BLOCK': 8}}"
+    with _compat.launched_early():
+        PythonWrapperCodegen.define_kernel(None, "ours", ours)
+        PythonWrapperCodegen.define_kernel(None, "theirs", theirs)
+    PythonWrapperCodegen.define_kernel(None, "later", ours)
+    early = "triton_meta={'launch_pdl': True, 'constants': {'EARLY': True}}"
+    assert defined == {"ours": early, "theirs": theirs, "later": ours}
+
+
+def test_torch_is_left_as_it_was():
+    names = ("_handle_pdl_before_access", "_handle_pdl_after_load", "_filter_pdl")
+    before = [getattr(TritonKernel, name) for name in names]
+    with pytest.raises(KeyError), _compat.launched_early():
+        raise KeyError
+    assert [getattr(TritonKernel, name) for name in names] == before
