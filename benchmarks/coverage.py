@@ -12,12 +12,14 @@ benchmarks/results/coverage.json. Each type is a process of its own: one that cr
 import argparse
 import concurrent.futures
 import json
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ PAGE = ROOT / "docs" / "coverage.md"
 NEW_TOKENS, PROMPT, LAYERS = 8, 9, 2
 LIMIT_S = 400
 TOLERANCE = 1e-4
+CONTEXT = multiprocessing.get_context("forkserver")
 
 WIDTH, HEADS, MLP = 64, 4, 176
 # What a small decoder sets, under every name that a config may have for it
@@ -401,22 +404,32 @@ def kinds() -> list[str]:
 
 
 def in_a_process(kind: str) -> dict[str, Any]:
-    """`examine`, where a crash or a hang costs one row."""
-    command = [sys.executable, "-P", __file__, "--one", kind]
+    """`examine`, where a crash or a hang costs one row. Forked from a process that has imported everything."""
+    receive, send = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_send, args=(kind, send))
     started = time.monotonic()
+    process.start()
+    send.close()
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=LIMIT_S, check=False,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-        )  # fmt: skip
-        lines = [line for line in done.stdout.splitlines() if line.startswith('{"type"')]
-        result = json.loads(lines[-1]) if lines else {
-            "type": kind, "stage": "crash", "error": (done.stderr.strip().splitlines() or ["?"])[-1][:200]
-        }  # fmt: skip
-    except subprocess.TimeoutExpired:
-        result = {"type": kind, "stage": "timeout", "error": f"more than {LIMIT_S} s"}
+        if receive.poll(LIMIT_S):
+            result = receive.recv()
+        else:
+            result = {"type": kind, "stage": "timeout", "error": f"more than {LIMIT_S} s"}
+    except EOFError:
+        process.join()
+        result = {"type": kind, "stage": "crash", "error": f"exit status {process.exitcode}"}
+    process.kill()
+    process.join()
     result["seconds"] = round(time.monotonic() - started, 1)
     return result
+
+
+def _send(kind: str, to: Connection) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        to.send(examine(kind))
 
 
 def page(rows: list[dict[str, Any]]) -> str:
@@ -485,15 +498,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="*", help="only these; the others' rows are kept")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     args = parser.parse_args()
-    if args.one:
-        import dejavu_compile  # noqa: F401  registers the backend
-
-        print(json.dumps(examine(args.one)))
-        return
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    CONTEXT.set_forkserver_preload(
+        ["torch._inductor.compile_fx", "transformers", "dejavu_compile"]
+    )
     from dejavu_compile.bench import write
 
     known = json.loads(args.out.read_text())["rows"] if args.types and args.out.exists() else []
