@@ -18,7 +18,6 @@ import re
 import sys
 import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -428,8 +427,10 @@ def _send(kind: str, to: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        to.send(examine(kind))
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):  # logs hold on to the streams that they began with
+        os.dup2(nowhere, descriptor)
+    to.send(examine(kind))
 
 
 def page(rows: list[dict[str, Any]]) -> str:
