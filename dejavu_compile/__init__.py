@@ -20,6 +20,7 @@ from .errors import (
 )
 from .evaluate import Evaluation, evaluate
 from .explain import Report, SiteReport, explain
+from .verify import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ __all__ = [
     "OptionError",
     "Report",
     "SiteReport",
+    "Verification",
     "calibrate",
     "dejavu",
     "dejavu_eager",
@@ -42,4 +44,5 @@ __all__ = [
     "evaluate",
     "explain",
     "load",
+    "verify",
 ]

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from dejavu_compile.passes.find_sites import layer_of
 from dejavu_compile.passes.site import Policy, SiteKind
@@ -34,6 +33,7 @@ from .predictors import (
     shared_threshold_curve,
     threshold_curve,
 )
+from .progress import Bars, Progress
 
 log = logging.getLogger(__name__)
 
@@ -44,28 +44,6 @@ HELD_OUT = 0.15
 MLP_SHARE = 0.7
 HEAD_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FIT_STEPS = 500
-
-Progress = Callable[[str, int, int], None]
-
-
-class _Bars:
-    """Progress bars, one a stage."""
-
-    def __init__(self, enabled: bool) -> None:
-        self._enabled, self._bar, self._stage = enabled, None, None
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if not self._enabled:
-            return
-        if stage != self._stage:
-            self.close()
-            self._stage, self._bar = stage, tqdm(total=total, desc=stage, leave=False)
-        self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._bar, self._stage = None, None
 
 
 def _output_norms(record: Recording) -> torch.Tensor:
@@ -336,7 +314,7 @@ def calibrate(
         log.warning(
             "calibrating on a single batch: quality is measured on the text that was learnt from"
         )
-    bars = _Bars(progress)
+    bars = Bars(progress)
     try:
         searched = density is None and head_density is None
         heads = policy in ("auto", "predict") and (searched or head_density is not None)

@@ -50,6 +50,12 @@ class Recording:
         return values[0]
 
 
+def _after(
+    first: Callable[[torch.Tensor], torch.Tensor], then: Callable[[torch.Tensor], None]
+) -> Callable[[torch.Tensor], None]:
+    return lambda value: then(first(value))
+
+
 class _Recorder(fx.Interpreter):
     """Runs a normalised graph eagerly and hands over the values that were asked for."""
 
@@ -67,22 +73,30 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _contributions(
-    site: Site, weight: torch.Tensor, take: Callable[[torch.Tensor], None]
-) -> Callable[[torch.Tensor], None]:
-    """Hand ||y_h W_O^h|| on for each head h instead of its values y_h. (Deja Vu, section 3)"""
-    with unset_fake_temporarily():
+class Contributions:
+    """Norm of what each unit adds to a site's output: hidden [..., in_features] -> [..., units] fp32.
+
+    |h_u| ||W_u|| for a neuron, ||W_h y_h|| for a head. (Deja Vu, section 3)
+    """
+
+    def __init__(self, site: Site, weight: torch.Tensor) -> None:
         columns = weight.detach() if site.output.contracted == 1 else weight.detach().t()
-        by_head = columns.float().unflatten(1, (site.units, site.width)).movedim(1, 0)
-        # ||W y||^2 = y^T (W^T W) y, which needs no output as wide as the model for each head
-        gram = by_head.mT @ by_head  # [heads, width, width]
+        self._shape = (site.units, site.width)
+        if site.width == 1:
+            self._norm, self._gram = columns.float().norm(dim=0), None
+        else:
+            by_head = columns.float().unflatten(1, self._shape).movedim(1, 0)
+            # ||W y||^2 = y^T (W^T W) y, which needs no output as wide as the model for each head
+            self._norm, self._gram = None, by_head.mT @ by_head  # [heads, width, width]
 
-    def norms(value: torch.Tensor) -> None:
-        y = value.detach().float().unflatten(-1, (site.units, site.width))
-        squared = (torch.einsum("...hw,hwv->...hv", y, gram) * y).sum(-1)
-        take(squared.clamp(min=0).sqrt())
-
-    return norms
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The norms of some tokens."""
+        hidden = hidden.detach().float()
+        if self._gram is None:
+            return hidden.abs() * self._norm
+        y = hidden.unflatten(-1, self._shape)
+        squared = (torch.einsum("...hw,hwv->...hv", y, self._gram) * y).sum(-1)
+        return squared.clamp(min=0).sqrt()
 
 
 class Collector:
@@ -111,7 +125,9 @@ class Collector:
             wanted.setdefault(site.input, []).append(self._into(record.source))
             take = self._into(record.hidden, torch.bfloat16)
             if site.kind is SiteKind.ATTENTION:
-                take = _contributions(site, weight, take)
+                with unset_fake_temporarily():
+                    norms = Contributions(site, weight)
+                take = _after(norms, take)
             wanted.setdefault(site.hidden, []).append(take)
             if site.gate is not None and site.gate.node is not site.hidden:
                 wanted.setdefault(site.gate.node, []).append(self._into(record.carrier))

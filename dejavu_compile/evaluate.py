@@ -51,32 +51,52 @@ def masked(model: nn.Module) -> Any:
     )
 
 
+class Tally:
+    """Adds up what an `Evaluation` is made of, batch by batch."""
+
+    def __init__(self) -> None:
+        self._totals = torch.zeros(4, dtype=torch.float64)
+        self._tokens = 0
+
+    def add(self, dense: torch.Tensor, other: torch.Tensor, target: torch.Tensor) -> None:
+        """Log probabilities [tokens, vocabulary] of both, and the tokens that came."""
+        self._totals += torch.stack(
+            [
+                F.nll_loss(dense, target, reduction="sum"),
+                F.nll_loss(other, target, reduction="sum"),
+                F.kl_div(other, dense, reduction="sum", log_target=True),
+                (dense.argmax(-1) == other.argmax(-1)).sum(),
+            ]
+        ).double().cpu()  # fmt: skip
+        self._tokens += target.numel()
+
+    def result(self) -> Evaluation:
+        """Of all that was added."""
+        nll_dense, nll_sparse, kl, agreeing = (self._totals / max(self._tokens, 1)).tolist()
+        return Evaluation(self._tokens, math.exp(nll_dense), math.exp(nll_sparse), kl, agreeing)
+
+
+def predicted(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which logits [B * (T - 1)] predict a token that counts, and those tokens."""
+    keep = counted(batch)
+    keep = (keep[:, 1:] & keep[:, :-1]).flatten()
+    return keep, batch["input_ids"][:, 1:].flatten()[keep]
+
+
 def compare(model: nn.Module, batches: list[Batch], sparse: Any) -> Evaluation:
     """Run each batch through `model.forward` and through `sparse`, and compare next-token logits."""
-    totals = torch.zeros(4, dtype=torch.float64)
-    tokens = 0
+    tally = Tally()
     with torch.no_grad():
         for batch in batches:
             kwargs = call_kwargs(model, batch)
-            keep = counted(batch)
-            keep = (keep[:, 1:] & keep[:, :-1]).flatten()
-            target = batch["input_ids"][:, 1:].flatten()[keep]
-            dense = _log_probabilities(model.forward(**kwargs), keep)
-            other = _log_probabilities(sparse(**kwargs), keep)
-            totals += torch.stack(
-                [
-                    F.nll_loss(dense, target, reduction="sum"),
-                    F.nll_loss(other, target, reduction="sum"),
-                    F.kl_div(other, dense, reduction="sum", log_target=True),
-                    (dense.argmax(-1) == other.argmax(-1)).sum(),
-                ]
-            ).double().cpu()  # fmt: skip
-            tokens += target.numel()
-    nll_dense, nll_sparse, kl, agreeing = (totals / max(tokens, 1)).tolist()
-    return Evaluation(tokens, math.exp(nll_dense), math.exp(nll_sparse), kl, agreeing)
+            keep, target = predicted(batch)
+            dense = log_probabilities(model.forward(**kwargs), keep)
+            tally.add(dense, log_probabilities(sparse(**kwargs), keep), target)
+    return tally.result()
 
 
-def _log_probabilities(output: Any, keep: torch.Tensor) -> torch.Tensor:
+def log_probabilities(output: Any, keep: torch.Tensor) -> torch.Tensor:
+    """Of the next token, [tokens, vocabulary] fp32, at the tokens to keep."""
     return F.log_softmax(logits_of(output)[:, :-1].flatten(0, 1)[keep].float(), dim=-1)
 
 

@@ -1,0 +1,85 @@
+"""Pictures of what was measured. Needs matplotlib."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .verify import Verification
+
+STYLES = {"contextual": ("o", "-"), "static": ("s", "--"), "random": ("x", ":")}
+COLORS = {"mlp": "tab:blue", "attention": "tab:orange", "both": "tab:green"}
+
+
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "pictures need matplotlib: pip install 'dejavu-compile[bench]'"
+        ) from error
+    figure = Figure(figsize=(5.2 * columns, 4.2), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def plot_verification(verification: Verification, path: str | Path) -> None:
+    """Density against perplexity, similarity by layer, unions by batch."""
+    figure, (quality, layers, unions) = _figure(3)
+    _quality(verification, quality)
+    _layers(verification, layers)
+    _unions(verification, unions)
+    figure.savefig(path, dpi=140)
+
+
+def _quality(verification: Verification, axes: Axes) -> None:
+    curves = defaultdict(list)
+    for row in verification.existence:
+        if row.layer < 0:
+            curves[row.kind, row.selector].append(
+                (row.density, 100 * row.quality.perplexity_increase)
+            )
+    for (kind, selector), points in curves.items():
+        marker, style = STYLES[selector]
+        axes.plot(*zip(*sorted(points), strict=True), marker=marker, ls=style, color=COLORS[kind],
+                  label=f"{kind}, {selector}")  # fmt: skip
+    axes.set(xlabel="density", ylabel="perplexity increase, %", title="Two passes", xlim=(0, None))
+    axes.set_yscale("symlog", linthresh=1.0)
+    axes.axhline(0.0, color="gray", lw=0.8)
+    axes.legend(fontsize=7)
+
+
+def _layers(verification: Verification, axes: Axes) -> None:
+    for kind in ("mlp", "attention"):
+        rows = [s for s in verification.similarity if s.kind == kind]
+        if not rows:
+            continue
+        numbers = [s.layer for s in rows]
+        axes.plot(numbers, [s.residual for s in rows], marker="o", color=COLORS[kind],
+                  label=f"{kind}: cosine of the residual stream")  # fmt: skip
+        if kind == "mlp":
+            axes.plot(numbers, [s.lookahead_recall for s in rows], marker="s", ls="--", color=COLORS[kind],
+                      label="mlp: units chosen by the earlier input")  # fmt: skip
+            axes.axhline(rows[0].lookahead_chance, color="gray", ls=":", lw=0.8, label="by chance")
+    axes.set(xlabel="layer", ylim=(None, 1.02), title="Against the layer before")
+    axes.legend(fontsize=7)
+
+
+def _unions(verification: Verification, axes: Axes) -> None:
+    curves = defaultdict(list)
+    for row in verification.unions:
+        if row.kind == "mlp":
+            curves[row.density].append((row.batch, row.union, row.independent))
+    for number, (density, points) in enumerate(sorted(curves.items())):
+        batches, union, independent = zip(*sorted(points), strict=True)
+        axes.plot(batches, union, marker="o", color=f"C{number}", label=f"density {density:g}")
+        axes.plot(batches, independent, ls=":", color=f"C{number}")
+    axes.set(xscale="log", xlabel="tokens of different contexts", ylabel="share of units that any selects",
+             title="Union over a batch, MLPs (dotted: if independent)", ylim=(0, 1.02))  # fmt: skip
+    axes.set_xscale("log", base=2)
+    if curves:
+        axes.legend(fontsize=7)
