@@ -260,7 +260,8 @@ def lossless(model: Any, want: Any, expected: Counting) -> dict[str, Any]:
         finally:
             model.forward = forward
     steps = _steps(prepared)
-    sites = {names.get(s.name, s.name): s for found, names in steps for s in found.sites}
+    named = {names.get(s.name, s.name): (s, names) for found, names in steps for s in found.sites}
+    sites = {name: site for name, (site, _) in named.items()}
     reasons = {
         names.get(u.projection.name, u.projection.name): u.reason
         for found, names in steps
@@ -288,7 +289,7 @@ def lossless(model: Any, want: Any, expected: Counting) -> dict[str, Any]:
             n: r for n, r in reasons.items() if "attention" in r or "head" in r
         },
         "times_a_step": max(times.values(), default=1),
-        "_sites": sites,
+        "_sites": named,
     }
 
 
@@ -305,13 +306,14 @@ def _is_step(found: Any) -> bool:
     return ones > len(inputs) / 2
 
 
-def sparse(model: Any, dense: Any, sites: dict[str, Any]) -> dict[str, Any]:
-    """Half of the units and heads of each site with one before it, chosen at random and for good."""
+def sparse(model: Any, dense: Any, sites: dict[str, tuple[Any, dict]]) -> dict[str, Any]:
+    """Half of the units and heads of each site with one before it, chosen at random and for good.
+
+    `sites`: of each name in the model, the site and what its graph calls the model's parameters.
+    """
     import torch
 
-    attach_half, chosen = _attach_half(model, sites), {}
-    for name, keep in attach_half:
-        chosen[name] = keep
+    chosen = dict(_attach_half(model, sites))
     if not chosen:
         return {"sites_sparse": 0}
     modules = {f"{n}.weight": m for n, m in model.named_modules()}
@@ -348,7 +350,7 @@ def sparse(model: Any, dense: Any, sites: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _attach_half(model: Any, sites: dict[str, Any]) -> list[tuple[str, Any]]:
+def _attach_half(model: Any, sites: dict[str, tuple[Any, dict]]) -> list[tuple[str, Any]]:
     """Predictors whose bias alone decides, read one site earlier; (name, units that run)."""
     import weakref
 
@@ -360,7 +362,7 @@ def _attach_half(model: Any, sites: dict[str, Any]) -> list[tuple[str, Any]]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     before: dict[str, Any] = {}
     chosen = []
-    for number, (name, site) in enumerate(sites.items()):
+    for number, (name, (site, names)) in enumerate(sites.items()):
         earlier, before[site.kind] = before.get(site.kind, (None, None)), (name, site)
         source, previous = earlier
         out = parameters.get(name)
@@ -378,7 +380,7 @@ def _attach_half(model: Any, sites: dict[str, Any]) -> list[tuple[str, Any]]:
         down = None if heads else torch.zeros(2, width)
         up = torch.zeros(site.units, width if heads else 2)
         for projection in (*site.projections, site.output):
-            weight = parameters.get(projection.name)
+            weight = parameters.get(names.get(projection.name, projection.name))
             if weight is not None:
                 make_unit_major(
                     weight, projection.contracted, produces_units=projection is not site.output

@@ -40,16 +40,17 @@ def attention_reference(
     """q [b, h, 1, d]; k [b, g, s, d], v [b, g, s, e], where g divides h, last dim contiguous.
 
     mask broadcasts to [b, h, 1, s]: bool (True: attend) or added to the logits. score [b, h]: which heads run,
-    None for all. Returns [b, h, 1, e] of q's dtype, accumulated in fp32; zero where nothing may
-    be attended. The query of a head that doesn't run isn't read: it may be anything.
+    None for all. Returns [b, h, 1, e] of q's dtype, accumulated in fp32 at least; zero where nothing
+    may be attended. The query of a head that doesn't run isn't read: it may be anything.
     """
     groups = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(groups, dim=1).float() for x in (k, v))
-    logits = scale * q.float() @ k.mT
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.repeat_interleave(groups, dim=1).to(wide) for x in (k, v))
+    logits = scale * q.to(wide) @ k.mT
     logits = softcap * logits.tanh() if softcap else logits
     if mask is not None:
         boolean = mask.dtype is torch.bool
-        logits = logits.masked_fill(~mask, NEGATIVE) if boolean else logits + mask.float()
+        logits = logits.masked_fill(~mask, NEGATIVE) if boolean else logits + mask.to(wide)
     weight = logits.softmax(dim=-1).masked_fill((logits == NEGATIVE).all(-1, keepdim=True), 0.0)
     y = weight @ v
     if score is not None:

@@ -256,9 +256,13 @@ def _walk(output: Projection, escaping: set[fx.Node], in_place: frozenset[fx.Nod
     return _Region(interior, leaves, blocked)
 
 
+def _op_name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
+
+
 def _no_site(node: fx.Node, immediate: bool) -> _NoSiteError:
     """The reason that a value in the way of the walk gives."""
-    op = getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
+    op = _op_name(node)
     if node.target in VIEWS_THAT_SPLIT:
         return _NoSiteError(
             NoSite.ATTENTION,
@@ -292,6 +296,11 @@ def _region(output: Projection, in_place: frozenset[fx.Node]) -> _Region:
         found = {node for node in region.interior if not inside.issuperset(node.users)}
         if not found:
             return replace(region, blocked=blocked)
+        nearest = max(found)
+        reader = next(user for user in nearest.users if user not in inside)
+        blocked = blocked or _NoSiteError(
+            NoSite.SHARED, f"every unit counts: {_op_name(reader)} reads them too"
+        )
         escaping |= found
 
 

@@ -59,6 +59,7 @@ class DecoderSpec:
     rotary: str = "none"  # or half, pairs
     qk_norm: bool = False
     attention: str = "sdpa"  # or sdpa_gqa, softmax, softmax_alibi, baddbmm, einsum
+    scaled: str = "logits"  # or queries
     softcap: bool = False
     merge: str = "reshape"  # or flatten, view, permute
     # MLP
@@ -223,16 +224,19 @@ class Attention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """[batch, heads, tokens, dim], and weights where the spelling has any."""
         spec = self.spec
-        repeats, scale = spec.heads // spec.groups, spec.head_dim**-0.5
+        repeats = spec.heads // spec.groups
+        scale = spec.head_dim**-0.5 if spec.scaled == "logits" else 1.0
         mask = self._mask(q.shape[2], k.shape[2], q.dtype)
         if spec.attention == "sdpa_gqa":
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=repeats > 1)
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, scale=scale, enable_gqa=repeats > 1
+            )
             return y, y
         if repeats > 1:
             k, v = (t[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(
                 t.shape[0], spec.heads, *t.shape[2:]) for t in (k, v))  # fmt: skip
         if spec.attention == "sdpa":
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
             return y, y
         if spec.attention == "baddbmm":  # Bloom
             flat = [t.reshape(-1, *t.shape[2:]) for t in (q, k, v)]
@@ -269,6 +273,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, past: Tensor, keep: Keep | None) -> tuple[Tensor, Tensor, dict]:
         q, k, v = self._qkv(x)
+        if self.spec.scaled == "queries":  # OPT
+            q = q * self.spec.head_dim**-0.5
         if self.spec.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         start = past.shape[-2]

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dejavu_compile.kernels.gemv import running
-
 NAN = float("nan")
 
 
@@ -111,17 +109,20 @@ class KernelCase:
         got = self.run(gathered_sum, hidden, weight, (index, count), compacted)
         self.close(got, by_unit[:, units].double() @ weight[units].double(), "float32")
 
-    def scores(self, heads: int) -> Tensor:
-        keep = torch.rand(self.m, heads, generator=self.generator()) < self.share
-        return torch.where(keep, 0.3, -0.0)
+    def scores(self, heads: int) -> tuple[Tensor, Tensor]:
+        """Scores [m, heads], and which heads run: a score that is NaN is no reason to leave one out."""
+        kept = torch.rand(self.m, heads, generator=self.generator()) < self.share
+        score = torch.where(kept, 0.3, -0.0)
+        lost = torch.rand(self.m, heads, generator=self.generator()) < self.share / 4
+        return score.masked_fill(lost & kept, NAN), kept
 
     def check_gemv(self, gemv) -> None:
         """A first weight of heads of two rows and rows of no head, and a second weight."""
         heads = self.n
         owner = torch.stack((torch.arange(heads), torch.full((heads,), -1)), 1).flatten().int()
-        score, x = self.scores(heads), self.randn(self.m, self.d, part=1)
+        (score, kept), x = self.scores(heads), self.randn(self.m, self.d, part=1)
         first, second = self.rows(4 * heads, self.d, part=2), self.rows(5, self.d, part=3)
-        runs = running(score).any(0)[owner.clamp(min=0).long()] | (owner < 0)
+        runs = kept.any(0)[owner.clamp(min=0).long()] | (owner < 0)
         runs = torch.cat((runs.repeat_interleave(2), torch.ones(5, dtype=torch.bool)))
         exact = x.double() @ torch.cat((first, second)).double().T
         got = self.run(gemv, x, [first.masked_fill(~runs[:-5, None], NAN), second], owner, score)
@@ -129,8 +130,8 @@ class KernelCase:
 
     def check_head_sum(self, head_sum) -> None:
         heads, width = self.n, 2 + self.seed % 5
-        score = self.scores(heads)
-        kept = running(score).repeat_interleave(width, dim=1)
+        score, kept = self.scores(heads)
+        kept = kept.repeat_interleave(width, dim=1)
         hidden, weight = (
             self.randn(self.m, heads * width, part=1),
             self.rows(heads * width, self.d, part=2),
@@ -143,7 +144,7 @@ class KernelCase:
     def check_attention(self, attention, masked: bool, softcap: float) -> None:
         groups, slots, d = 1 + self.seed % 3, 1 + self.n, 2 * (1 + self.d % 8)
         heads = groups * (1 + self.seed % 2)
-        score = self.scores(heads)
+        score, kept = self.scores(heads)
         q = self.randn(self.m, heads, 1, d, part=1)
         k, v = (self.randn(self.m, groups, slots, d, part=part) for part in (2, 3))
         mask = (
@@ -155,7 +156,7 @@ class KernelCase:
         if mask is not None:
             logits, nothing = logits.masked_fill(~mask, -torch.inf), ~mask.any(-1, keepdim=True)
         weights = logits.softmax(-1).masked_fill(nothing, 0)
-        off = ~running(score)[:, :, None, None]
+        off = ~kept[:, :, None, None]
         exact = (weights @ v.double().repeat_interleave(heads // groups, 1)).masked_fill(off, 0)
         scale = 0.3 / softcap if softcap else 0.3
         self.close(

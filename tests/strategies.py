@@ -121,6 +121,7 @@ def decoder_specs(draw, **fixed: object) -> DecoderSpec:
         rotary=choice("none", "half", "pairs"),
         qk_norm=choice(False, True),
         attention=choice("sdpa", "sdpa_gqa", "softmax", "softmax_alibi", "baddbmm", "einsum"),
+        scaled=choice("logits", "queries"),
         softcap=choice(False, True),
         merge=choice("reshape", "flatten", "view", "permute"),
         units=number(2, 20),

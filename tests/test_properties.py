@@ -137,6 +137,20 @@ def test_fusing_scheduling_and_decode_kernels_change_no_value(spec, issue):
     assert_same(spec, *Sparse(graph, choose(graph, Execution.GATHERED), finish).run())
 
 
+@holds_for(
+    decoder_specs(tokens=1, mlp="gated", escape="nothing", dtype="float32"),
+    st.sampled_from(["relu", "silu", "gelu"]),
+    one_in=5,
+)
+def test_gate_activation_and_up_of_selected_units_become_one_launch(spec, activation):
+    graph = Graph(spec.but(activation=(activation,)))
+
+    def finish(gm: fx.GraphModule, _: Any) -> None:
+        assert fuse(gm).pairs == len(graph.sites(SiteKind.MLP))
+
+    assert_same(graph.spec, *Sparse(graph, choose(graph, Execution.GATHERED), finish).run())
+
+
 @holds_for(decoder_specs(tokens=1))
 def test_decode_kernels_alone_are_lossless(spec):
     graph = Graph(spec)

@@ -106,7 +106,7 @@ def assert_close(got, exact, dtype):
     scale = exact.double().abs().max().clamp_min(1) if exact.numel() else 1
     error = (got.double() - exact.double()).abs()
     assert not got.isnan().any()
-    assert not error.numel() or error.max() <= (eps + 2e-6) * scale
+    assert not error.numel() or error.max() <= (eps + 4e-6) * scale
 
 
 compact_kernels = (SELECTION._compact_kernel, SELECTION.scatter_kernel)
@@ -411,7 +411,7 @@ def test_decode_attention(dtype, share, mask, softcap, heads, kv_heads, slots, d
     if mask is not None:
         mask = mask.to(DEVICE) if mask.dtype is torch.bool else mask.to(DEVICE, dtype)
     score = None if share == "dense" else scores(batch, heads, share)
-    exact = attention_reference(q.float(), k.float(), v.float(), mask, 0.3, softcap, score)
+    exact = attention_reference(q.double(), k.double(), v.double(), mask, 0.3, softcap, score)
     if score is not None:
         q = q.masked_fill(~running(score)[:, :, None, None], float("nan"))
     for config in (
