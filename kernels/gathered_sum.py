@@ -51,12 +51,28 @@ def rows_of(weight_ptr, unit, live, column, d, stride):
 
 
 @jit
+def _asked(weight_ptr, index_ptr, slot, last, column, n, d, stride):
+    """The units of some slots, and their weights, which are on their way."""
+    unit = tl.load(index_ptr + slot, mask=slot < n, other=0, cache_modifier=".cg")
+    return unit, rows_of(weight_ptr, unit, slot < last, column, d, stride)
+
+
+@jit
+def _weighed(values, slot, unit, w, last, COMPACTED: tl.constexpr):
+    at = slot if COMPACTED else unit
+    h = tl.load(values + at, mask=slot < last, other=0.0).to(tl.float32)
+    return h[:, None] * w.to(tl.float32)
+
+
+@jit
 def _sum_kernel(
     hidden_ptr, weight_ptr, index_ptr, count_ptr, part_ptr, arrived_ptr, out_ptr, n, d, weight_stride,
     TOKENS: tl.constexpr, COMPACTED: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, FOUR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, splits). Each split takes an equal, contiguous share of the live slots.
+
+    The weights of its first block of slots, or first FOUR, are asked for before it waits for the kernel before.
 
     Where there is more than one (SPLIT), the last to finish a block of columns adds up what the others left.
     """
@@ -71,24 +87,34 @@ def _sum_kernel(
     first = split * share
     last = tl.minimum(first + share, count)
     for token in tl.static_range(TOKENS):
+        values = hidden_ptr + token * n
+        total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
         slot = first + tl.arange(0, BLOCK_J)
-        unit = tl.load(index_ptr + slot, mask=slot < n, other=0, cache_modifier=".cg")
-        w = rows_of(weight_ptr, unit, slot < last, column, d, weight_stride)
+        unit, w = _asked(weight_ptr, index_ptr, slot, last, column, n, d, weight_stride)
+        if FOUR:
+            slot1, slot2, slot3 = slot + BLOCK_J, slot + 2 * BLOCK_J, slot + 3 * BLOCK_J
+            unit1, w1 = _asked(weight_ptr, index_ptr, slot1, last, column, n, d, weight_stride)
+            unit2, w2 = _asked(weight_ptr, index_ptr, slot2, last, column, n, d, weight_stride)
+            unit3, w3 = _asked(weight_ptr, index_ptr, slot3, last, column, n, d, weight_stride)
         if COMPACTED:
             wait_for_previous(EARLY)
-        at = slot if COMPACTED else unit
-        h = tl.load(hidden_ptr + token * n + at, mask=slot < last, other=0.0).to(tl.float32)
-        slot += BLOCK_J
-        unit = tl.load(index_ptr + slot, mask=slot < last, other=0, cache_modifier=".cg")
-        total = h[:, None] * w.to(tl.float32)
-        for _ in range(first + BLOCK_J, last, BLOCK_J):
-            at = slot if COMPACTED else unit
-            h = tl.load(hidden_ptr + token * n + at, mask=slot < last, other=0.0).to(tl.float32)
-            w = rows_of(weight_ptr, unit, slot < last, column, d, weight_stride)
-            total += h[:, None] * w.to(tl.float32)
-            # Asked for ahead: the next round's weights wait for one latency less
-            slot += BLOCK_J
-            unit = tl.load(index_ptr + slot, mask=slot < last, other=0, cache_modifier=".cg")
+        start = first
+        if FOUR:
+            total += _weighed(values, slot, unit, w, last, COMPACTED)
+            total += _weighed(values, slot1, unit1, w1, last, COMPACTED)
+            total += _weighed(values, slot2, unit2, w2, last, COMPACTED)
+            total += _weighed(values, slot3, unit3, w3, last, COMPACTED)
+            start += 4 * BLOCK_J
+            slot += 4 * BLOCK_J
+            unit, w = _asked(weight_ptr, index_ptr, slot, last, column, n, d, weight_stride)
+        for _ in range(start, last, BLOCK_J):
+            following = slot + BLOCK_J
+            # The next round's weights are asked for before this one's are waited for.
+            next_unit, next_w = _asked(
+                weight_ptr, index_ptr, following, last, column, n, d, weight_stride
+            )
+            total += _weighed(values, slot, unit, w, last, COMPACTED)
+            slot, unit, w = following, next_unit, next_w
         part = (split * TOKENS + token).to(tl.int64) * d + column
         target = part_ptr if SPLIT else out_ptr
         tl.store(target + part, tl.sum(total, axis=0), mask=column < d)
@@ -98,13 +124,19 @@ def _sum_kernel(
 
 
 def sum_config(n: int, d: int) -> dict[str, int]:
-    """A few programs a multiprocessor: what each leaves is added up by one. (H200, d 4096 and 9216)"""
+    """Weights that fill the registers before the wait, and few parts to add up. (H200, d 4096 and 9216)"""
     if d <= 4096:
         block_d = min(32, power_of_2(d))
-        splits = max(1, min(4, cdiv(n, 64)))
-        return {"BLOCK_J": 256, "BLOCK_D": block_d, "num_warps": 4, "splits": splits}
+        splits = max(1, min(4, PROCESSORS // cdiv(d, block_d), cdiv(n, 512)))
+        return {
+            "BLOCK_J": 512,
+            "BLOCK_D": block_d,
+            "num_warps": 16,
+            "splits": splits,
+            "FOUR": True,
+        }
     splits = max(1, min(16, 2 * PROCESSORS // cdiv(d, 256), cdiv(n, 64)))
-    return {"BLOCK_J": 32, "BLOCK_D": 256, "num_warps": 4, "splits": splits}
+    return {"BLOCK_J": 32, "BLOCK_D": 256, "num_warps": 4, "splits": splits, "FOUR": True}
 
 
 def launch_sum(

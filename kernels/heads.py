@@ -40,24 +40,38 @@ def head_sum_reference(hidden: Tensor, weight: Tensor, score: Tensor) -> Tensor:
 
 
 @jit
-def _block_of(item, items, place, head, WIDTH: tl.constexpr, BLOCK_J: tl.constexpr):
-    """The item's head, its BLOCK_J rows of the weight, and which of them there are."""
-    blocks: tl.constexpr = (WIDTH + BLOCK_J - 1) // BLOCK_J
-    at = tl.sum(tl.where(place == item // blocks, head, 0), axis=0)
-    j = (item % blocks) * BLOCK_J + tl.arange(0, BLOCK_J)
-    return at, at * WIDTH + j, (j < WIDTH) & (item < items)
+def _block_of(item, running, place, head, WIDTH: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The heads and the rows of the weight that the item's BLOCK_J rows of running heads are, and which there are."""
+    j = item * BLOCK_J + tl.arange(0, BLOCK_J)
+    if BLOCK_J <= WIDTH and WIDTH % BLOCK_J == 0:
+        at = tl.sum(tl.where(place == item * BLOCK_J // WIDTH, head, 0), axis=0) + 0 * j
+    else:
+        order = tl.sum(tl.where(place[None, :] == head[:, None], head[None, :], 0), axis=1)
+        at = tl.gather(order, tl.minimum(j // WIDTH, head.shape[0] - 1), axis=0)
+    return at, at * WIDTH + j % WIDTH, j < running * WIDTH
+
+
+@jit
+def _weighed(hidden_ptr, score_ptr, at, row, live, w, TOKENS: tl.constexpr):
+    """Rows of the weight times what attention gave for them, of one token's running heads."""
+    if TOKENS > 1:
+        score = tl.load(score_ptr + at, mask=live, other=-1.0).to(tl.float32)
+        live = live & ((score > 0) | (score != score))
+    h = tl.load(hidden_ptr + row, mask=live, other=0.0).to(tl.float32)
+    return h[:, None] * w.to(tl.float32)
 
 
 @jit
 def _head_sum_kernel(
     hidden_ptr, weight_ptr, score_ptr, part_ptr, arrived_ptr, out_ptr, heads, d, weight_stride,
     WIDTH: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, FOUR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks, splits). A split takes every num_splits-th block of rows of the running heads.
+    """Grid (column blocks, splits). A split takes every num_splits-th block of BLOCK_J rows of the running heads.
 
-    HEADS is a power of two, at least `heads`. A head of WIDTH rows is some blocks of BLOCK_J. Where there is more
-    than one split (SPLIT), the last to finish a block of columns adds up what the others left.
+    HEADS is a power of two, at least `heads`. The weights of its first block, or first FOUR, are asked for
+    before it waits for the kernel before. Where there is more than one split (SPLIT), the last to finish a block of columns
+    adds up what the others left.
     """
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -68,25 +82,38 @@ def _head_sum_kernel(
         scores = tl.load(at, mask=head < heads, other=-1.0, cache_modifier=".cg")
         any_runs = any_runs | ((scores > 0) | (scores != scores)).to(tl.int32)
     place = tl.where(any_runs != 0, tl.cumsum(any_runs, axis=0) - 1, -1)
-    blocks: tl.constexpr = (WIDTH + BLOCK_J - 1) // BLOCK_J
-    items = tl.sum(any_runs, axis=0) * blocks
+    running = tl.sum(any_runs, axis=0)
+    items = tl.cdiv(running * WIDTH, BLOCK_J)
     for token in tl.static_range(TOKENS):
         total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
-        at, row, live = _block_of(split, items, place, head, WIDTH, BLOCK_J)
+        hidden, scores = hidden_ptr + token * heads * WIDTH, score_ptr + token * heads
+        at, row, live = _block_of(split, running, place, head, WIDTH, BLOCK_J)
         w = rows_of(weight_ptr, row, live, column, d, weight_stride)
+        if FOUR:
+            at1, row1, live1 = _block_of(split + splits, running, place, head, WIDTH, BLOCK_J)
+            at2, row2, live2 = _block_of(split + 2 * splits, running, place, head, WIDTH, BLOCK_J)
+            at3, row3, live3 = _block_of(split + 3 * splits, running, place, head, WIDTH, BLOCK_J)
+            w1 = rows_of(weight_ptr, row1, live1, column, d, weight_stride)
+            w2 = rows_of(weight_ptr, row2, live2, column, d, weight_stride)
+            w3 = rows_of(weight_ptr, row3, live3, column, d, weight_stride)
         wait_for_previous(EARLY)
-        for item in range(split, items, splits):
-            if TOKENS > 1:
-                score = tl.load(score_ptr + token * heads + at + 0 * row).to(tl.float32)
-                live = live & ((score > 0) | (score != score))
-            h = tl.load(
-                hidden_ptr + token * heads * WIDTH + row, mask=live, other=0.0
-            ).to(tl.float32)  # fmt: skip
+        begin = split
+        if FOUR:
+            total += _weighed(hidden, scores, at, row, live, w, TOKENS)
+            total += _weighed(hidden, scores, at1, row1, live1, w1, TOKENS)
+            total += _weighed(hidden, scores, at2, row2, live2, w2, TOKENS)
+            total += _weighed(hidden, scores, at3, row3, live3, w3, TOKENS)
+            begin += 4 * splits
+            at, row, live = _block_of(begin, running, place, head, WIDTH, BLOCK_J)
+            w = rows_of(weight_ptr, row, live, column, d, weight_stride)
+        for item in range(begin, items, splits):
             # The next round's weights are asked for before this one's are waited for.
-            at, row, live = _block_of(item + splits, items, place, head, WIDTH, BLOCK_J)
-            following = rows_of(weight_ptr, row, live, column, d, weight_stride)
-            total += h[:, None] * w.to(tl.float32)
-            w = following
+            next_at, next_row, next_live = _block_of(
+                item + splits, running, place, head, WIDTH, BLOCK_J
+            )
+            next_w = rows_of(weight_ptr, next_row, next_live, column, d, weight_stride)
+            total += _weighed(hidden, scores, at, row, live, w, TOKENS)
+            at, row, live, w = next_at, next_row, next_live, next_w
         part = (split * TOKENS + token).to(tl.int64) * d + column
         target = part_ptr if SPLIT else out_ptr
         tl.store(target + part, tl.sum(total, axis=0), mask=column < d)
@@ -98,13 +125,14 @@ def _head_sum_kernel(
 def head_sum_config(heads: int, width: int, d: int) -> dict[str, int]:
     """Two to four programs a multiprocessor, with tiles that keep memory busy. (H200, d 4096 and 9216)"""
     if d <= 4096:
-        block_j, splits = min(128, power_of_2(width)), max(1, min(4, heads))
-        block_d = min(64, power_of_2(d))
-        return {"BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits}
-    block_d, block_j = min(256, power_of_2(d)), min(32, power_of_2(width))
-    most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
+        block_j, block_d, most = min(128, power_of_2(width)), min(64, power_of_2(d)), 4
+    else:
+        block_j, block_d = min(64, power_of_2(width)), 128
+        most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
     splits = max(1, min(heads * cdiv(width, block_j), most))
-    return {"BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits}
+    return {
+        "BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits, "FOUR": d <= 4096,
+    }  # fmt: skip
 
 
 def launch_head_sum(
