@@ -1,6 +1,6 @@
 """Fit predictors and thresholds for a model on text, and attach them to its weights.
 
-collect -> fit (all layers together) -> thresholds on held-out tokens -> density to a quality budget
+collect -> sensitivities of heads -> fit (all layers together) -> thresholds on held-out tokens -> density to a quality budget
 """
 
 import dataclasses
@@ -34,6 +34,7 @@ from .predictors import (
     threshold_curve,
 )
 from .progress import Bars, Progress
+from .sensitivity import head_sensitivities
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ MAX_TOKENS = 200_000
 HELD_OUT = 0.15
 # Heads are tried last, with what the MLPs leave of the quality budget.
 MLP_SHARE = 0.7
+# What a head that matters as much as the mean weighs in the loss, where leaving any out weighs 1
+HEAD_WEIGHT = 4.0
 HEAD_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FIT_STEPS = 500
 
@@ -87,6 +90,18 @@ def _examples(record: Recording, source: Recording) -> SiteExamples:
     return SiteExamples(source.stacked("source"), record.stacked("hidden"), _output_norms(record))
 
 
+def _head_examples(
+    jobs: Sequence[tuple[Recording, Recording]], sensitivities: Mapping[str, torch.Tensor]
+) -> list[SiteExamples]:
+    """What leaving a head out costs, squared contribution times sensitivity, in units that all layers share."""
+    weights = [(r.stacked("hidden").float() * sensitivities[r.name]).square() for r, _ in jobs]
+    mean = sum(w.mean().item() for w in weights) / len(weights)
+    return [
+        SiteExamples(source.stacked("source"), weight, torch.ones_like(weight[0]), mean / HEAD_WEIGHT)
+        for (_, source), weight in zip(jobs, weights, strict=True)
+    ]  # fmt: skip
+
+
 def _carrier(record: Recording) -> torch.Tensor:
     return record.stacked("carrier" if record.carrier else "hidden").abs()
 
@@ -123,12 +138,21 @@ def _record(recording: Recording, policy: Policy, curve: ThresholdCurve) -> Site
 
 
 def _fit(
-    jobs: Sequence[tuple[Recording, Recording, int]], lookahead: int, seed: int, progress: Progress
+    jobs: Sequence[tuple[Recording, Recording, int]],
+    sensitivities: Mapping[str, torch.Tensor],
+    lookahead: int,
+    seed: int,
+    progress: Progress,
 ) -> list[SiteRecord]:
-    """Predictors for (site, source site, rank), all trained together."""
+    """Predictors for (site, source site, rank), all trained together. `sensitivities` of heads, by site."""
     if not jobs:
         return []
-    examples = [_examples(record, source) for record, source, _ in jobs]
+    heads = [job[:2] for job in jobs if job[0].site.kind is SiteKind.ATTENTION]
+    of_heads = iter(_head_examples(heads, sensitivities) if heads else [])
+    examples = [
+        next(of_heads) if record.site.kind is SiteKind.ATTENTION else _examples(record, source)
+        for record, source, _ in jobs
+    ]
     split = [e.split(HELD_OUT) for e in examples]
     fitted = fit_predictors(
         [fit for fit, _ in split],
@@ -320,7 +344,7 @@ def calibrate(
         heads = policy in ("auto", "predict") and (searched or head_density is not None)
         kinds = tuple(SiteKind) if heads else (SiteKind.MLP,)
         recordings = collect(model, learn, max_tokens=MAX_TOKENS, progress=bars, kinds=kinds)
-        records = _records(recordings, policy, lookahead, seed, bars)
+        records = _records(model, learn, recordings, policy, lookahead, seed, bars)
         calibration = Calibration(
             sites=tuple(records), model_class=type(model).__name__, seed=seed,
             data_hash=_data_hash(checked),
@@ -348,8 +372,9 @@ def _sources(recordings: Sequence[Recording], lookahead: int) -> list[Recording 
 
 
 def _records(
-    recordings: Sequence[Recording], policy: str, lookahead: int, seed: int, progress: Progress
-) -> list[SiteRecord]:
+    model: nn.Module, batches: Sequence[Batch], recordings: Sequence[Recording], policy: str,
+    lookahead: int, seed: int, progress: Progress,
+) -> list[SiteRecord]:  # fmt: skip
     sources = _sources(recordings, lookahead)
     chosen = [
         _choose(policy, r, s, _rank(r, s) if s else 0)
@@ -357,7 +382,12 @@ def _records(
     ]
     jobs = [i for i, c in enumerate(chosen) if c is Policy.PREDICT]
     pairs = [(recordings[i], sources[i], _rank(recordings[i], sources[i])) for i in jobs]
-    fitted = dict(zip(jobs, _fit(pairs, lookahead, seed, progress), strict=True))
+    heads = [r for r, *_ in pairs if r.site.kind is SiteKind.ATTENTION]
+    found = (
+        head_sensitivities(model, batches, heads, seed=seed, progress=progress) if heads else []
+    )
+    sensitivities = {r.name: s for r, s in zip(heads, found, strict=True)}
+    fitted = dict(zip(jobs, _fit(pairs, sensitivities, lookahead, seed, progress), strict=True))
     records = []
     for i, recording in enumerate(recordings):
         if chosen[i] is Policy.PREDICT:

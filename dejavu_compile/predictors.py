@@ -61,12 +61,14 @@ class SiteExamples:
 
     source [tokens, source width] is what its predictor sees, hidden [tokens, units] the input of
     its output projection, column_norm [units] the norm of each unit's column there. Any float
-    dtype, one device.
+    dtype, one device. cutoff: the contribution that the site can barely miss, where it is known;
+    else `contribution_cutoff`.
     """
 
     source: Tensor
     hidden: Tensor
     column_norm: Tensor
+    cutoff: float | None = None
 
     @property
     def tokens(self) -> int:
@@ -84,8 +86,8 @@ class SiteExamples:
         """The first tokens to fit on; the last `held_out` for thresholds and metrics."""
         cut = self.tokens - round(self.tokens * held_out)
         return (
-            SiteExamples(self.source[:cut], self.hidden[:cut], self.column_norm),
-            SiteExamples(self.source[cut:], self.hidden[cut:], self.column_norm),
+            SiteExamples(self.source[:cut], self.hidden[:cut], self.column_norm, self.cutoff),
+            SiteExamples(self.source[cut:], self.hidden[cut:], self.column_norm, self.cutoff),
         )
 
 
@@ -239,7 +241,8 @@ def _prepare(examples: SiteExamples) -> _Prepared:
     scale = variance.sqrt().float()
     # A channel that never moves says nothing: leave it unscaled rather than divide by nearly zero.
     scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.ones_like(scale))
-    unit_scale = examples.column_norm.float() / (contribution_cutoff(examples) or 1.0)
+    cutoff = contribution_cutoff(examples) if examples.cutoff is None else examples.cutoff
+    unit_scale = examples.column_norm.float() / (cutoff or 1.0)
     mean_weight = (
         sum(examples.hidden[c].float().abs().sum(0) for c in chunks) * unit_scale / tokens
     )
