@@ -6,7 +6,8 @@ For each density: perplexity, KL and top-1 agreement with dense on held-out text
 compiled graph. The oracle keeps, in each token and layer, the units with the largest |activation| x norm
 of the output-projection column; it is applied by module hooks, outside of our graph. With --heads the units
 are attention heads, the oracle ranks them by the norm of their contribution after the output projection, and
-keeps in each layer those above the quantile that the density asks for. Prints one table and writes JSON; the
+keeps in each layer those above the quantile that the density asks for: the density that the predictors ran at,
+counted by hooks, since what they read is no longer what dense layers give. Prints one table and writes JSON; the
 predictors' layers are all but the first.
 """
 
@@ -97,8 +98,39 @@ def head_oracle(
     return compare(model, [{"input_ids": b} for b in batches], sparse)
 
 
+def running_heads(model: nn.Module, batches: list[torch.Tensor], calibration: Any) -> float:
+    """The share of heads that run, of the layers with a predictor, in a model that runs these heads only."""
+    modules, handles, read = dict(model.named_modules()), [], {}
+    counts = torch.zeros(2)
+    predicted = {s.name: s for s in calibration.sites if s.kind == "attention" and s.predictor}
+
+    def remember(name: str) -> Any:
+        return lambda module, args: read.__setitem__(name, args[0])
+
+    def keep_predicted(site: Any) -> Any:
+        def keep(module: nn.Module, args: tuple) -> tuple:
+            runs = site.predictor.score(read[site.source]) > site.threshold
+            counts.add_(torch.tensor([runs.sum(), runs.numel()]))
+            return ((args[0].unflatten(-1, (site.units, -1)) * runs[..., None]).flatten(-2),)
+
+        return keep
+
+    for name in {s.source for s in predicted.values()}:
+        attention = modules[name.rsplit(".", 2)[0]]
+        handles.append(attention.q_proj.register_forward_pre_hook(remember(name)))
+    for name, site in predicted.items():
+        output = modules[name.removesuffix(".weight")]
+        handles.append(output.register_forward_pre_hook(keep_predicted(site)))
+    with torch.no_grad():
+        for batch in batches:
+            model(input_ids=batch, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return (counts[0] / counts[1]).item()
+
+
 def run_heads(args: argparse.Namespace) -> dict[str, Any]:
-    """Heads alone, then beside a sparse MLP, then the oracle."""
+    """Heads alone, then beside a sparse MLP, each with the oracle at the same density of heads."""
     model, text, held_out = prepared(args)
     rows = []
 
@@ -107,24 +139,24 @@ def run_heads(args: argparse.Namespace) -> dict[str, Any]:
         print(f"{what:<10} {density:5.2f} (measured {actual:.3f})  {result}", flush=True)
 
     seen = collect(
-        model, check_batches(model, held_out), max_tokens=10**9, progress=lambda *_: None
-    )
+        model, check_batches(model, held_out), max_tokens=10**9, progress=lambda *_: None,
+        kinds=(SiteKind.ATTENTION,),
+    )  # fmt: skip
     calibration = dv.calibrate(model, text, density=0.5, head_density=0.5, progress=False)
+    ran = {}
     for what, mlp in (("heads", 1.0), ("and MLPs", args.mlp_density)):
         for density in HEAD_DENSITIES:
             candidate = calibration.at_density(mlp, head_density=density)
             candidate.attach(model)
-            measured = remeasured(candidate, seen, share=1.0)
-            predicted = [s for s in measured.sites if s.kind == "attention" and s.predictor]
-            actual = sum(s.metrics.density for s in predicted) / len(predicted)
-            add(what, density, actual, evaluate(model, held_out))
-    dv.detach(model)
-    attention = [record for record in seen if record.site.kind == "attention"]
+            result = evaluate(model, held_out)
+            dv.detach(model)
+            ran.setdefault(density, running_heads(model, held_out, candidate))
+            add(what, density, ran[density], result)
     for density in HEAD_DENSITIES:
-        add("oracle", density, density, head_oracle(model, held_out, attention, density))
+        add("oracle", density, ran[density], head_oracle(model, held_out, seen, ran[density]))
     return {
         "model": Path(args.model).name, "windows": args.windows, "mlp_density": args.mlp_density,
-        "heads": attention[0].site.units, "rows": rows,
+        "heads": seen[0].site.units, "rows": rows,
     }  # fmt: skip
 
 

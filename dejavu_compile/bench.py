@@ -28,6 +28,8 @@ from dejavu_compile.passes.site import Policy, PredictorWeights
 
 from ._compat import compile_counters
 from .attachments import Attachment, attach, attached, fingerprint, make_unit_major
+from .errors import OptionError
+from .evaluate import masked
 from .predictors import rank_for_budget
 
 
@@ -433,6 +435,39 @@ def measure(
         "recompiles": after["graphs"] - before["graphs"], "cudagraph_skips": after["cudagraph_skips"],
         **kernels,
     }  # fmt: skip
+
+
+def compare_steps(
+    model: nn.Module, length: int, batch: int = 1, repeats: int = 20
+) -> list[dict[str, Any]]:
+    """A decode step of `model` dense by Inductor, then by dejavu with what is attached: rows of `measure`.
+
+    Errors are against the model's own eager step; dejavu's, where something is attached that loses nothing but
+    what it leaves out, against the masked graph without Inductor. Raises OptionError for a cache too short for
+    the steps, or longer than the model's context.
+    """
+    together = 10 if torch.cuda.is_available() else 1
+    steps = repeats * together + 32
+    longest = getattr(model.config, "max_position_embeddings", None) or length
+    if not 2 * steps <= length <= longest:
+        raise OptionError(
+            "the cache's length doesn't fit",
+            found=f"{length} slots for {steps} steps that begin in its middle",
+            expected=f"{2 * steps} to {longest}",
+            fix="another length, or fewer repeats",
+        )
+    options = {"triton.cudagraphs": True} if torch.cuda.is_available() else {}
+    rows = []
+    for provider, reference, backend in (
+        ("dense Inductor", model.forward, "inductor"),
+        ("dejavu", masked(model), "dejavu"),
+    ):
+        torch.compiler.reset()
+        expected = DecodeStep(model, reference, length, batch)().float().clone()
+        rows.append(
+            measure(model, provider, length, repeats, expected, batch, backend=backend, options=options)
+        )  # fmt: skip
+    return rows
 
 
 def environment() -> dict[str, str]:

@@ -3,7 +3,7 @@
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from .errors import DejavuError
 
@@ -29,6 +29,10 @@ def _app() -> "typer.Typer":
     Model = Annotated[str, typer.Argument(help="a local folder or a hub id")]
     Text = Annotated[Path, typer.Option(help="a UTF-8 text file", exists=True, dir_okay=False)]
     Device = Annotated[str, typer.Option(help="cpu, cuda, ...; default: a GPU if there is one")]
+    Artifact = Annotated[
+        Path, typer.Option(help="what `dejavu calibrate` saved", exists=True, file_okay=False)
+    ]
+    Json = Annotated[Path | None, typer.Option("--json", help="write all figures there")]
 
     @app.command()
     def demo() -> None:
@@ -50,6 +54,23 @@ def _app() -> "typer.Typer":
         ids = torch.zeros(1, 1, dtype=torch.long, device=next(loaded.parameters()).device)
         report = run(loaded, input_ids=ids)
         print(json.dumps(report.to_dict(), indent=1) if as_json else report)
+
+    @app.command()
+    def verify(
+        model: Model, text: Text, windows: int = 8, length: int = 512, seed: int = 0, device: Device = "",
+        json_path: Json = None,
+        plot: Annotated[Path | None, typer.Option(help="draw a PNG there")] = None,
+    ) -> None:  # fmt: skip
+        """Does contextual sparsity exist in this model? Two passes, beside static and random choices."""
+        from .text import windows as read
+        from .verify import verify as run
+
+        loaded, tokenizer = _load(model, device)
+        result = run(loaded, read(tokenizer, text, length=length, limit=windows), seed=seed)
+        _write(json_path, result.to_dict())
+        if plot is not None:
+            result.plot(plot)
+        print(result)
 
     @app.command()
     def calibrate(
@@ -76,8 +97,8 @@ def _app() -> "typer.Typer":
 
     @app.command("eval")
     def evaluate(
-        model: Model, text: Text, artifact: Annotated[Path, typer.Option()],
-        windows: int = 64, length: int = 512, device: Device = "",
+        model: Model, text: Text, artifact: Artifact, windows: int = 64, length: int = 512,
+        device: Device = "", json_path: Json = None,
     ) -> None:  # fmt: skip
         """Perplexity, KL and top-1 agreement with an artifact, against dense."""
         from .artifact import load
@@ -86,9 +107,48 @@ def _app() -> "typer.Typer":
 
         loaded, tokenizer = _load(model, device)
         load(loaded, artifact)
-        print(run(loaded, read(tokenizer, text, length=length, limit=windows)))
+        result = run(loaded, read(tokenizer, text, length=length, limit=windows))
+        _write(json_path, result.to_dict())
+        print(result)
+
+    @app.command()
+    def bench(
+        model: Model, artifact: Artifact | None = None, length: int = 512, batch: int = 1,
+        repeats: int = 20, device: Device = "", json_path: Json = None,
+    ) -> None:  # fmt: skip
+        """Time one decode step with a full static cache: dense Inductor against dejavu, on this machine."""
+        from .artifact import load
+        from .bench import compare_steps, environment
+
+        loaded, _ = _load(model, device)
+        if artifact is not None:
+            load(loaded, artifact)
+        rows = compare_steps(loaded, length, batch, repeats)
+        _write(json_path, {"environment": environment(), "model": model, "length": length,
+                           "batch": batch, "rows": rows})  # fmt: skip
+        _print_steps(rows)
 
     return app
+
+
+def _write(path: Path | None, figures: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1), encoding="utf-8")
+
+
+def _print_steps(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Decode step")
+    for name in ("", "ms, median", "20 to 80 %", "", "error", "recompiles"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row["provider"], f"{row['p50'] / 1e3:.3f}", f"{row['p20'] / 1e3:.3f} to {row['p80'] / 1e3:.3f}",
+            f"{rows[0]['p50'] / row['p50']:.2f}x", f"{row['error']:.1e}", str(row["recompiles"]),
+        )  # fmt: skip
+    Console().print(table)
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
         raise ImportError(
             "pictures need matplotlib: pip install 'dejavu-compile[bench]'"
         ) from error
-    figure = Figure(figsize=(5.2 * columns, 4.2), layout="constrained")
+    figure = Figure(figsize=(5.4 * columns, 4.6), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
@@ -48,9 +48,11 @@ def _quality(verification: Verification, axes: Axes) -> None:
         axes.plot(*zip(*sorted(points), strict=True), marker=marker, ls=style, color=COLORS[kind],
                   label=f"{kind}, {selector}")  # fmt: skip
     axes.set(xlabel="density", ylabel="perplexity increase, %", title="Two passes", xlim=(0, None))
+    lowest = min((y for points in curves.values() for _, y in points), default=0.0)
     axes.set_yscale("symlog", linthresh=1.0)
+    axes.set_ylim(bottom=min(-0.5, 1.5 * lowest))
     axes.axhline(0.0, color="gray", lw=0.8)
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))
 
 
 def _layers(verification: Verification, axes: Axes) -> None:

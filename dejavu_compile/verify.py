@@ -127,7 +127,7 @@ class Verification:
             f"{'kind':<10} {'layer':>5} {'residual cosine':>16} {'lookahead recall':>17}",
         ]
         lines += [
-            f"{s.kind:<10} {s.layer:5d} {s.residual:16.4f} {s.lookahead_recall:17.2%}"
+            f"{s.kind:<10} {s.layer:5d} {_known(s.residual, '.4f'):>16} {_known(s.lookahead_recall, '.2%'):>17}"
             for s in self.similarity
         ]
         return "\n".join(lines)
@@ -140,6 +140,10 @@ class Verification:
         from .plots import plot_verification
 
         plot_verification(self, path)
+
+
+def _known(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)
 
 
 def _without_nan(row: dict[str, Any]) -> dict[str, Any]:
