@@ -6,9 +6,9 @@ For each density: perplexity, KL and top-1 agreement with dense on held-out text
 compiled graph. The oracle keeps, in each token and layer, the units with the largest |activation| x norm
 of the output-projection column; it is applied by module hooks, outside of our graph. With --heads the units
 are attention heads, the oracle ranks them by the norm of their contribution after the output projection, and
-keeps in each layer those above the quantile that the density asks for: the density that the predictors ran at,
-counted by hooks, since what they read is no longer what dense layers give. Prints one table and writes JSON; the
-predictors' layers are all but the first.
+keeps in each layer those above the quantile that the density asks for. The predictors are asked for what makes them
+run at that density, counted by hooks: what they read there is no longer what dense layers give. Prints one table and
+writes JSON; the predictors' layers are all but the first.
 """
 
 import argparse
@@ -129,6 +129,20 @@ def running_heads(model: nn.Module, batches: list[torch.Tensor], calibration: An
     return (counts[0] / counts[1]).item()
 
 
+def asked_for(
+    model: nn.Module, batches: list[torch.Tensor], calibration: Any, density: float
+) -> tuple[float, float]:
+    """The density to ask for so that about this share of the heads run, and the share that did."""
+    low, high, best = density - 0.15, min(1.0, density + 0.15), (1.0, 1.0)
+    for _ in range(5 if density < 1 else 0):
+        middle = (low + high) / 2
+        ran = running_heads(model, batches, calibration.at_density(1.0, head_density=middle))
+        if abs(ran - density) < abs(best[1] - density):
+            best = middle, ran
+        low, high = (low, middle) if ran > density else (middle, high)
+    return best
+
+
 def run_heads(args: argparse.Namespace) -> dict[str, Any]:
     """Heads alone, then beside a sparse MLP, each with the oracle at the same density of heads."""
     model, text, held_out = prepared(args)
@@ -143,17 +157,15 @@ def run_heads(args: argparse.Namespace) -> dict[str, Any]:
         kinds=(SiteKind.ATTENTION,),
     )  # fmt: skip
     calibration = dv.calibrate(model, text, density=0.5, head_density=0.5, progress=False)
-    ran = {}
+    dv.detach(model)
+    asked = {d: asked_for(model, held_out[::4], calibration, d) for d in HEAD_DENSITIES}
     for what, mlp in (("heads", 1.0), ("and MLPs", args.mlp_density)):
         for density in HEAD_DENSITIES:
-            candidate = calibration.at_density(mlp, head_density=density)
-            candidate.attach(model)
-            result = evaluate(model, held_out)
+            calibration.at_density(mlp, head_density=asked[density][0]).attach(model)
+            add(what, *asked[density], evaluate(model, held_out))
             dv.detach(model)
-            ran.setdefault(density, running_heads(model, held_out, candidate))
-            add(what, density, ran[density], result)
     for density in HEAD_DENSITIES:
-        add("oracle", density, ran[density], head_oracle(model, held_out, seen, ran[density]))
+        add("oracle", density, density, head_oracle(model, held_out, seen, density))
     return {
         "model": Path(args.model).name, "windows": args.windows, "mlp_density": args.mlp_density,
         "heads": seen[0].site.units, "rows": rows,

@@ -1,6 +1,6 @@
 """Fit predictors and thresholds for a model on text, and attach them to its weights.
 
-collect -> sensitivities of heads -> fit (all layers together) -> thresholds on held-out tokens -> density to a quality budget
+collect -> costs of leaving heads out -> fit (all layers together) -> thresholds on held-out tokens -> density to a quality budget
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from .predictors import (
     threshold_curve,
 )
 from .progress import Bars, Progress
-from .sensitivity import head_sensitivities
+from .sensitivity import head_costs
 
 log = logging.getLogger(__name__)
 
@@ -90,16 +90,15 @@ def _examples(record: Recording, source: Recording) -> SiteExamples:
     return SiteExamples(source.stacked("source"), record.stacked("hidden"), _output_norms(record))
 
 
-def _head_examples(
-    jobs: Sequence[tuple[Recording, Recording]], sensitivities: Mapping[str, torch.Tensor]
-) -> list[SiteExamples]:
-    """What leaving a head out costs, squared contribution times sensitivity, in units that all layers share."""
-    weights = [(r.stacked("hidden").float() * sensitivities[r.name]).square() for r, _ in jobs]
-    mean = sum(w.mean().item() for w in weights) / len(weights)
-    return [
-        SiteExamples(source.stacked("source"), weight, torch.ones_like(weight[0]), mean / HEAD_WEIGHT)
-        for (_, source), weight in zip(jobs, weights, strict=True)
-    ]  # fmt: skip
+def _to_fit(
+    record: Recording, source: Recording, costs: Mapping[str, torch.Tensor]
+) -> SiteExamples:
+    """What the site's predictor learns: contributions of neurons, costs of heads, which all layers share a unit of."""
+    if record.site.kind is SiteKind.MLP:
+        return _examples(record, source)
+    cost = costs[record.name]
+    ones = torch.ones(record.site.units, device=cost.device)
+    return SiteExamples(source.stacked("source")[: len(cost)], cost, ones, 1 / HEAD_WEIGHT)
 
 
 def _carrier(record: Recording) -> torch.Tensor:
@@ -139,23 +138,16 @@ def _record(recording: Recording, policy: Policy, curve: ThresholdCurve) -> Site
 
 def _fit(
     jobs: Sequence[tuple[Recording, Recording, int]],
-    sensitivities: Mapping[str, torch.Tensor],
+    costs: Mapping[str, torch.Tensor],
     lookahead: int,
     seed: int,
     progress: Progress,
 ) -> list[SiteRecord]:
-    """Predictors for (site, source site, rank), all trained together. `sensitivities` of heads, by site."""
+    """Predictors for (site, source site, rank), all trained together. `costs` of heads, by site."""
     if not jobs:
         return []
-    heads = [job[:2] for job in jobs if job[0].site.kind is SiteKind.ATTENTION]
-    of_heads = iter(_head_examples(heads, sensitivities) if heads else [])
-    examples = [
-        next(of_heads) if record.site.kind is SiteKind.ATTENTION else _examples(record, source)
-        for record, source, _ in jobs
-    ]
-    split = [e.split(HELD_OUT) for e in examples]
     fitted = fit_predictors(
-        [fit for fit, _ in split],
+        [_to_fit(record, source, costs).split(HELD_OUT)[0] for record, source, _ in jobs],
         [rank for *_, rank in jobs],
         seed=seed,
         steps=FIT_STEPS,
@@ -169,8 +161,8 @@ def _fit(
     # One threshold for all sites of a kind: scores are in one unit, so each gets the density that it needs.
     curves = {
         kind: shared_threshold_curve(
-            predictor.score(held_out.source)
-            for predictor, (_, held_out), other in zip(fitted, split, kinds, strict=True)
+            predictor.score(_held_out(source.stacked("source")))
+            for predictor, (_, source, _), other in zip(fitted, jobs, kinds, strict=True)
             if other is kind
         )
         for kind in set(kinds)
@@ -383,11 +375,9 @@ def _records(
     jobs = [i for i, c in enumerate(chosen) if c is Policy.PREDICT]
     pairs = [(recordings[i], sources[i], _rank(recordings[i], sources[i])) for i in jobs]
     heads = [r for r, *_ in pairs if r.site.kind is SiteKind.ATTENTION]
-    found = (
-        head_sensitivities(model, batches, heads, seed=seed, progress=progress) if heads else []
-    )
-    sensitivities = {r.name: s for r, s in zip(heads, found, strict=True)}
-    fitted = dict(zip(jobs, _fit(pairs, sensitivities, lookahead, seed, progress), strict=True))
+    costs = head_costs(model, batches, heads, seed=seed, progress=progress) if heads else []
+    by_name = {r.name: cost for r, cost in zip(heads, costs, strict=True)}
+    fitted = dict(zip(jobs, _fit(pairs, by_name, lookahead, seed, progress), strict=True))
     records = []
     for i, recording in enumerate(recordings):
         if chosen[i] is Policy.PREDICT:

@@ -1,12 +1,14 @@
-"""How much a model's prediction depends on what each head adds, so that heads of different layers compare.
+"""How much a model's prediction depends on what each head adds to a token: heads of all layers compare.
 
-    s_h = sqrt(E[(d log p / d g_h)^2] / E[c_h^2])
+    F_h = (d log p / d g_h)^2          g_h = 1 multiplies what head h adds to one token
 
-g_h is a gate, one for each token, that multiplies what the head adds, c_h the norm of that (its contribution). The
-mean square of the gradient is Fisher information: to second order, half of it is the divergence of the model's
-prediction when the head is left out; s_h^2 c_h^2 is an estimate of it for each token that needs no gradient. Next
-tokens are drawn from the model's own prediction, as the Fisher information is defined. (Fisher pruning: Theis et
-al. 2018, section 3)
+Its mean is Fisher information: to second order, half of it is the divergence of the model's prediction when the head
+is left out there. Next tokens are drawn from the model's own prediction, as the Fisher information is defined.
+(Fisher pruning: Theis et al. 2018, section 3)
+
+One draw is a noisy estimate. c_h^2 E[F_h] / E[c_h^2], with c_h the norm of what the head adds (its contribution), has
+less noise, and doesn't know that some tokens depend on a head more than others. The mean of the two is what a
+predictor is best fitted to: perplexity of a small Llama with 67 % of its heads +15 %, with the second alone +20 %.
 """
 
 import logging
@@ -22,14 +24,15 @@ from dejavu_compile.passes.normalize import normalize
 from dejavu_compile.passes.site import Site, SiteKind
 
 from ._compat import guard_identity, names_in, recompile_limit
-from .batches import Batch, call_kwargs, logits_of
+from .batches import Batch, call_kwargs, counted, logits_of
 from .collect import RECORDED_GRAPHS, Recording
 from .evaluate import predicted
 from .progress import Progress
 
 log = logging.getLogger(__name__)
 
-MAX_TOKENS = 16_384
+MAX_TOKENS = 98_304  # fewer overfit: a third of them cost a small Llama as much as no gradients
+TINY = 1e-20
 
 
 class _Gated(fx.Interpreter):
@@ -72,7 +75,7 @@ class _Gates:
         return _Gated(gm, sites, self.opened).run
 
 
-def head_sensitivities(
+def head_costs(
     model: nn.Module,
     batches: Sequence[Batch],
     recordings: Sequence[Recording],
@@ -80,41 +83,52 @@ def head_sensitivities(
     seed: int,
     progress: Progress,
 ) -> list[torch.Tensor]:
-    """s_h of each recording's heads, [units] fp32; of 16,384 tokens, a forward and a backward pass.
+    """What leaving each head out costs at the first tokens that were recorded, [tokens, units] fp32, mean 1.
 
-    All ones, with a warning, where the model can't be differentiated or memory doesn't suffice.
+    Of 98,304 tokens, a forward and a backward pass. Where the model can't be differentiated, or memory doesn't
+    suffice, squared contributions in proportion to their mean in each layer, with a warning.
     """
-    gates = _Gates(model)
-    run = torch.compile(model.forward, backend=gates)
-    squares: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros(()))
-    needed = max(1, -(-MAX_TOKENS // batches[0]["input_ids"].numel()))
-    chosen = batches[: min(needed, len(batches))]
-    generator = torch.Generator().manual_seed(seed)
+    contributions = [r.stacked("hidden").float().square() for r in recordings]
     try:
-        with torch.enable_grad(), recompile_limit(RECORDED_GRAPHS):
-            tokens = 0
-            for number, batch in enumerate(chosen):
-                gates.opened.clear()
-                keep, _ = predicted(batch)
-                logits = logits_of(run(**call_kwargs(model, batch)))[:, :-1].flatten(0, 1)[keep]
-                loss = _log_probability(logits.float(), generator)
-                gradients = torch.autograd.grad(loss, list(gates.opened.values()))
-                for name, gradient in zip(gates.opened, gradients, strict=True):
-                    squares[name] = squares[name].to(gradient.device) + _per_head(gradient)
-                tokens += int(keep.sum())
-                progress("sensitivity", number + 1, len(chosen))
+        gradients = _squared_gradients(model, batches, seed, progress)
     except (RuntimeError, NotImplementedError) as error:
         log.warning(
             "heads of different layers are compared by their contribution alone: no gradients (%s)",
             str(error).splitlines()[0] if str(error) else type(error).__name__,
         )
-        return [torch.ones(r.site.units, device=r.weight.device) for r in recordings]
-    return [
-        (squares[r.name] / tokens / r.stacked("hidden").float().square().mean(0).clamp(min=1e-20))
-        .sqrt()
-        .to(r.weight.device)
-        for r in recordings
-    ]  # fmt: skip
+        return [c / c.mean().clamp(min=TINY) for c in contributions]
+    costs = []
+    for record, contribution in zip(recordings, contributions, strict=True):
+        fisher = gradients[record.name][: len(contribution)].to(contribution.device)
+        estimate = contribution[: len(fisher)]
+        estimate = estimate * (fisher.mean(0) / estimate.mean(0).clamp(min=TINY))
+        costs.append((fisher + estimate) / 2)
+    mean = sum(c.mean() for c in costs).item() / len(costs)
+    return [c / max(mean, TINY) for c in costs]
+
+
+def _squared_gradients(
+    model: nn.Module, batches: Sequence[Batch], seed: int, progress: Progress
+) -> dict[str, torch.Tensor]:
+    """F_h of the tokens that count, by site, [tokens, units] fp32."""
+    gates = _Gates(model)
+    run = torch.compile(model.forward, backend=gates)
+    squares: dict[str, list[torch.Tensor]] = defaultdict(list)
+    chosen = batches[: -(-MAX_TOKENS // batches[0]["input_ids"].numel())]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.enable_grad(), recompile_limit(RECORDED_GRAPHS):
+        for number, batch in enumerate(chosen):
+            gates.opened.clear()
+            keep, _ = predicted(batch)
+            logits = logits_of(run(**call_kwargs(model, batch)))[:, :-1].flatten(0, 1)[keep]
+            loss = _log_probability(logits.float(), generator)
+            gradients = torch.autograd.grad(loss, list(gates.opened.values()))
+            tokens = counted(batch).flatten()
+            for name, gradient in zip(gates.opened, gradients, strict=True):
+                rows = gradient.detach().float().squeeze(-1).flatten(0, -2)
+                squares[name].append(rows[tokens].square())
+            progress("sensitivity", number + 1, len(chosen))
+    return {name: torch.cat(rows) for name, rows in squares.items()}
 
 
 def _log_probability(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -126,8 +140,3 @@ def _log_probability(logits: torch.Tensor, generator: torch.Generator) -> torch.
         cumulative = log_probabilities.exp().cumsum(-1)
         drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])
     return log_probabilities.gather(1, drawn.clamp(max=logits.shape[1] - 1)).sum()
-
-
-def _per_head(gradient: torch.Tensor) -> torch.Tensor:
-    """[..., units, 1] -> [units], the sum of squares."""
-    return gradient.detach().float().square().flatten(0, -3).sum(0).squeeze(-1)

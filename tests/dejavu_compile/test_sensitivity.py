@@ -11,7 +11,7 @@ from dejavu_compile import sensitivity
 from dejavu_compile.batches import check_batches
 from dejavu_compile.collect import collect
 from dejavu_compile.passes.site import SiteKind
-from dejavu_compile.sensitivity import head_sensitivities
+from dejavu_compile.sensitivity import head_costs
 
 
 def recorded(model, batches):
@@ -21,13 +21,14 @@ def recorded(model, batches):
 
 
 def measured(model, batches, seed=3):
+    """The recordings, and costs [layers, tokens, units]."""
     found = recorded(model, batches)
-    result = head_sensitivities(model, batches, found, seed=seed, progress=lambda *_: None)
+    result = head_costs(model, batches, found, seed=seed, progress=lambda *_: None)
     return found, torch.stack(result)
 
 
 def by_hooks(model, batches, units, seed=3):
-    """sum over tokens of (d log p / d gate)^2, [layers, units], in eager mode."""
+    """(d log p / d gate)^2, [layers, tokens, units], in eager mode."""
     outputs, gates = [out for _, out in projections(model)], {}
 
     def gate(number):
@@ -39,17 +40,17 @@ def by_hooks(model, batches, units, seed=3):
         return hook
 
     handles = [out.register_forward_pre_hook(gate(i)) for i, out in enumerate(outputs)]
-    generator, total = torch.Generator().manual_seed(seed), 0.0
+    generator, squares = torch.Generator().manual_seed(seed), []
     for batch in batches:
         prediction = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
         at = torch.rand(len(prediction), 1, generator=generator)
         drawn = (prediction.exp().cumsum(-1) < at).sum(-1, keepdim=True)
         loss = prediction.gather(1, drawn.clamp(max=prediction.shape[1] - 1)).sum()
         gradients = torch.autograd.grad(loss, [gates[i] for i in range(len(outputs))])
-        total = total + torch.stack([g.square().sum((0, 1)).squeeze(-1) for g in gradients])
+        squares.append(torch.stack([g.square().squeeze(-1).flatten(0, 1) for g in gradients]))
     for handle in handles:
         handle.remove()
-    return total
+    return torch.cat(squares, dim=1)
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
@@ -57,15 +58,15 @@ def test_gradients_are_those_of_gates_on_the_eager_model(name):
     model = tiny(name)
     batches = check_batches(model, [text(seed) for seed in (1, 2)])
     found, result = measured(model, batches)
-    units = found[0].site.units
-    tokens = sum(b["input_ids"][:, 1:].numel() for b in batches)
-    contributions = torch.stack([r.stacked("hidden").double().square().mean(0) for r in found])
-    expected = (by_hooks(model, batches, units).double() / tokens / contributions).sqrt()
-    torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=1e-6)
+    fisher = by_hooks(model, batches, found[0].site.units).double()
+    contributions = torch.stack([r.stacked("hidden").double().square() for r in found])
+    estimate = contributions * fisher.mean(1, True) / contributions.mean(1, True)
+    expected = (fisher + estimate) / (fisher + estimate).mean()
+    torch.testing.assert_close(result.double(), expected, rtol=1e-3, atol=1e-5)
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_a_head_that_adds_nothing_has_no_sensitivity():
+def test_a_head_that_adds_nothing_costs_nothing():
     model = tiny("opt")
     with torch.no_grad():
         _, out = projections(model)[0]
@@ -73,8 +74,8 @@ def test_a_head_that_adds_nothing_has_no_sensitivity():
         out.weight[:, :width] = 0
     _, result = measured(model, check_batches(model, [text(1)]))
     assert result.isfinite().all()
-    assert result[0, 0] == 0
-    assert (result[0, 1:] > 0).all()
+    assert (result[0, :, 0] == 0).all()
+    assert (result[0, :, 1:].mean(0) > 0).all()
 
 
 def test_the_same_seed_gives_the_same_bits():
@@ -93,13 +94,14 @@ def test_padding_counts_for_nothing():
     torch.testing.assert_close(got, plain, rtol=1e-3, atol=1e-6)
 
 
-def test_without_gradients_all_heads_count_alike(monkeypatch, caplog):
+def test_without_gradients_contributions_of_each_layer_count_alike(monkeypatch, caplog):
     def refuse(*_, **__):
         raise RuntimeError("derivative for aten::_int_mm is not implemented")
 
     model = tiny("opt")
     monkeypatch.setattr(sensitivity.torch.autograd, "grad", refuse)
     with caplog.at_level(logging.WARNING):
-        _, result = measured(model, check_batches(model, [text(1)]))
-    assert (result == 1).all()
+        found, result = measured(model, check_batches(model, [text(1)]))
+    contributions = torch.stack([r.stacked("hidden").float().square() for r in found])
+    torch.testing.assert_close(result, contributions / contributions.mean((1, 2), keepdim=True))
     assert "aten::_int_mm" in caplog.text
