@@ -1,6 +1,7 @@
 """Fit predictors and thresholds for a model on text, and attach them to its weights.
 
-collect -> costs of leaving heads out -> fit (all layers together) -> thresholds on held-out tokens -> density to a quality budget
+collect -> costs of leaving heads out -> fit (all layers together) -> thresholds on held-out tokens
+        -> densities to a quality budget
 """
 
 import dataclasses
@@ -93,7 +94,7 @@ def _examples(record: Recording, source: Recording) -> SiteExamples:
 def _to_fit(
     record: Recording, source: Recording, costs: Mapping[str, torch.Tensor]
 ) -> SiteExamples:
-    """What the site's predictor learns: contributions of neurons, costs of heads, which all layers share a unit of."""
+    """What the site's predictor learns: contributions of neurons, costs of heads, in one unit for all layers."""
     if record.site.kind is SiteKind.MLP:
         return _examples(record, source)
     cost = costs[record.name]

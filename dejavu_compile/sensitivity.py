@@ -91,10 +91,10 @@ def head_costs(
     contributions = [r.stacked("hidden").float().square() for r in recordings]
     try:
         gradients = _squared_gradients(model, batches, seed, progress)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:  # out of memory too
         log.warning(
             "heads of different layers are compared by their contribution alone: no gradients (%s)",
-            str(error).splitlines()[0] if str(error) else type(error).__name__,
+            str(error).split("\n", 1)[0] or type(error).__name__,
         )
         return [c / c.mean().clamp(min=TINY) for c in contributions]
     costs = []

@@ -69,8 +69,8 @@ def _head_sum_kernel(
 ):  # fmt: skip
     """Grid (column blocks, splits). A split takes every num_splits-th block of BLOCK_J rows of the running heads.
 
-    HEADS is a power of two, at least `heads`. The weights of its first block, or first FOUR, are asked for
-    before it waits for the kernel before. Where there is more than one split (SPLIT), the last to finish a block of columns
+    HEADS is a power of two, at least `heads`. The weights of its first block, or first FOUR, are asked for before it
+    waits for the kernel before. Where there is more than one split (SPLIT), the last to finish a block of columns
     adds up what the others left.
     """
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
