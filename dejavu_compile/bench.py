@@ -398,6 +398,14 @@ def cache_bytes(model: nn.Module, length: int, head_density: float | None = None
     return round(2 * layers * heads * head_dim * length * itemsize)
 
 
+STEPS_BESIDE = 32  # those that warm up
+
+
+def _together() -> int:
+    """Steps a sample: on CUDA several, queued behind each other."""
+    return 10 if torch.cuda.is_available() else 1
+
+
 def measure(
     model: nn.Module,
     provider: str,
@@ -421,8 +429,8 @@ def measure(
     compile_s = time.monotonic() - started
     error = ((logits - expected).norm() / expected.norm()).item()
     before = compile_counters()
-    together = 10 if torch.cuda.is_available() else 1
-    assert repeats * together <= length - step.start - 32, (
+    together = _together()
+    assert repeats * together <= length - step.start - STEPS_BESIDE, (
         "the cache is too short for so many steps"
     )
     step.reset()
@@ -442,12 +450,10 @@ def compare_steps(
 ) -> list[dict[str, Any]]:
     """A decode step of `model` dense by Inductor, then by dejavu with what is attached: rows of `measure`.
 
-    Errors are against the model's own eager step; dejavu's, where something is attached that loses nothing but
-    what it leaves out, against the masked graph without Inductor. Raises OptionError for a cache too short for
-    the steps, or longer than the model's context.
+    Errors: Inductor's against the eager step, dejavu's against the masked graph run without Inductor, which makes the
+    same selections. Raises OptionError for a cache too short for the steps, or longer than the model's context.
     """
-    together = 10 if torch.cuda.is_available() else 1
-    steps = repeats * together + 32
+    steps = repeats * _together() + STEPS_BESIDE
     longest = getattr(model.config, "max_position_embeddings", None) or length
     if not 2 * steps <= length <= longest:
         raise OptionError(

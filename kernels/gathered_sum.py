@@ -73,8 +73,7 @@ def _sum_kernel(
     """Grid (column blocks, splits). Each split takes an equal, contiguous share of the live slots.
 
     The weights of its first block of slots, or first FOUR, are asked for before it waits for the kernel before.
-
-    Where there is more than one (SPLIT), the last to finish a block of columns adds up what the others left.
+    Where there is more than one split (SPLIT), the last to finish a block of columns adds up what the others left.
     """
     if not COMPACTED:
         # Its selection may come from the very kernel before; of compacted values that is the one that made them.

@@ -99,14 +99,14 @@ def assert_live(got, exact, selection, dtype):
     assert_close(got[:, :k], exact[:, :k], dtype)
 
 
-def assert_close(got, exact, dtype):
+def assert_close(got, exact, dtype, sums=2e-6):
     """Both accumulate in fp32; what differs is the order of sums and one rounding."""
     assert got.shape == exact.shape
     eps = torch.finfo(dtype).eps
     scale = exact.double().abs().max().clamp_min(1) if exact.numel() else 1
     error = (got.double() - exact.double()).abs()
     assert not got.isnan().any()
-    assert not error.numel() or error.max() <= (eps + 4e-6) * scale
+    assert not error.numel() or error.max() <= (eps + sums) * scale
 
 
 compact_kernels = (SELECTION._compact_kernel, SELECTION.scatter_kernel)
@@ -425,7 +425,8 @@ def test_decode_attention(dtype, share, mask, softcap, heads, kv_heads, slots, d
         got = ATTENTION.launch_attention(
             ATTENTION._attention_kernel, q, k, v, mask, 0.3, softcap, score, ARRIVED, config
         )
-        assert_close(got, exact, dtype)
+        # A softmax turns the rounding of a logit of size 20 into a factor.
+        assert_close(got, exact, dtype, sums=4e-6)
 
 
 # --- shapes, strides and counts that nobody chose -----------------------------------------------------------
