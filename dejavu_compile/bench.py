@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -136,22 +136,29 @@ def attentions(model: nn.Module) -> list[Part]:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """What a step runs of one part: some columns of `out`, or the units whose |act(gate)| passes a threshold."""
+    """What a step runs of one part: the columns of `out` in `mask`, or the units whose |act(gate)| passes a threshold.
+
+    mask: bool [columns], or [batch, 1, columns] where each sequence has its own.
+    """
 
     part: Part
-    columns: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
     threshold: float = 0.0
 
     def zero_others(self, modules: dict[int, nn.Module]) -> RemovableHandle:
         """A hook on the eager model. `modules`: linear modules by the id of their weight."""
-        if self.columns is None:
+        if self.mask is None:
             return self.part.act.register_forward_hook(
                 lambda module, args, out: out * (out.abs() > self.threshold)
             )
-        out = self.part.out
-        mask = torch.zeros(out.shape[1], dtype=out.dtype, device=out.device)
-        mask[self.columns.to(out.device)] = 1
-        return modules[id(out)].register_forward_pre_hook(lambda module, args: (args[0] * mask,))
+        mask = self.mask.to(self.part.out.device)
+        module = modules[id(self.part.out)]
+        return module.register_forward_pre_hook(lambda module, args: (args[0] * mask,))
+
+    def in_model(self, own: nn.Module, other: nn.Module) -> "Kept":
+        """The same of another model of the same shape."""
+        parts = zip(mlps(own) + attentions(own), mlps(other) + attentions(other), strict=True)
+        return next(replace(self, part=b) for a, b in parts if a.out is self.part.out)
 
 
 def attach_random_predictors(
@@ -184,9 +191,49 @@ def attach_random_predictors(
                 Attachment(Policy.PREDICT, share, fingerprint(part.out), predictor=predictor,
                            source=weakref.ref(parts[number - 1].out), lookahead=1),
             )  # fmt: skip
-            width = part.out.shape[1] // part.units
-            columns = picked[:, None] * width + torch.arange(width)
-            kept.append(Kept(part, columns.flatten()))
+            units = torch.zeros(part.units, dtype=torch.bool).index_fill(0, picked, True)
+            kept.append(Kept(part, units.repeat_interleave(part.out.shape[1] // part.units)))
+    return kept
+
+
+def attach_heads_per_sequence(
+    model: nn.Module, density: float, length: int, batch: int
+) -> list[Kept]:
+    """Predictors that select a random share of the heads for each sequence of a batch, in all layers but the first.
+
+    Solved for the sources of one eager step with the same heads: score +1 for those that run, -1 for the others.
+    Later steps have sources near to these.
+    """
+    parts = attentions(model)
+    modules = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    wanted, kept = [], []
+    for number, part in enumerate(parts[1:], 1):
+        order = torch.rand(batch, part.units, generator=torch.Generator().manual_seed(number))
+        units = order.argsort().argsort() < round(density * part.units)
+        wanted.append(units.to(part.out.device))
+        mask = units.repeat_interleave(part.out.shape[1] // part.units, dim=1)
+        kept.append(Kept(part, mask[:, None]))
+    sources: list[torch.Tensor] = []
+    handles = [
+        modules[id(part.into[0])].register_forward_pre_hook(
+            lambda module, args: sources.append(args[0][:, -1].float())
+        )
+        for part in parts
+    ]
+    oracle_logits(model, kept, length, batch)
+    for handle in handles:
+        handle.remove()
+    steps = sources[-len(parts) :]  # after the prompt's
+    for number, (part, units) in enumerate(zip(parts[1:], wanted, strict=True)):
+        make_unit_major(part.out, 1, produces_units=False)
+        up = (torch.linalg.pinv(steps[number]) @ (2.0 * units - 1)).T
+        bias = torch.zeros(part.units, device=up.device)
+        attach(
+            part.out,
+            Attachment(Policy.PREDICT, density, fingerprint(part.out),
+                       predictor=PredictorWeights(None, up.to(part.out.dtype).contiguous(), bias),
+                       source=weakref.ref(parts[number].out), lookahead=1),
+        )  # fmt: skip
     return kept
 
 
@@ -244,7 +291,7 @@ class DecodeStep:
         device = next(model.parameters()).device
         self.forward, self.start = forward, length // 2
         self.cache = StaticCache(config=model.config, max_cache_len=length)
-        self.token = torch.full((batch, 1), 11, device=device)
+        self.token = 11 + 13 * torch.arange(batch, device=device)[:, None]
         self.position = torch.full((batch, 1), self.start, device=device)
         self.mask = torch.ones(batch, 1, 1, length, dtype=torch.bool, device=device)
         prompt = torch.arange(batch * self.start, device=device).view(batch, -1) % 1000 + 5

@@ -46,6 +46,27 @@ def test_random_predictors_select_what_the_oracle_keeps(model, batch, prepared):
 
 
 @torch.no_grad()
+def test_each_sequence_of_a_batch_runs_its_own_heads(model, prepared):
+    kept = bench.attach_heads_per_sequence(model, 0.5, LENGTH, batch=3)
+    assert len(kept) == LAYERS - 1
+    assert all((k.mask[0] != k.mask[1]).any() for k in kept)
+    attach_and_compare(model, kept, 3, prepared)
+
+
+@torch.no_grad()
+def test_what_is_kept_is_that_of_the_same_part_in_another_model(model):
+    other = bench.build(
+        "opt" if hasattr(model.model, "decoder") else "llama", "cpu", torch.float32
+    )
+    kept = bench.attach_random_predictors(model, 0.1, head_density=0.5)
+    for one in kept:
+        twin = one.in_model(model, other)
+        assert twin.mask is one.mask
+        name = next(n for n, p in model.named_parameters() if p is one.part.out)
+        assert twin.part.out is other.get_parameter(name)
+
+
+@torch.no_grad()
 def test_gates_select_what_the_oracle_keeps(model, prepared):
     if bench.mlps(model)[0].act is None:
         pytest.skip("a model without gates")
