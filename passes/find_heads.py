@@ -2,11 +2,12 @@
 
     q = linear(x, Wq); y = attention(rope(q), k, v); o = linear(merge_heads(y), Wo)
         ->
-    Site(ATTENTION, units=heads, owned=[Wq by head], cores=[attention], output=Wo)
+    Site(ATTENTION, units=heads, owned=[Wq by head], cores=[attention by head], output=Wo)
 
 `demand` says for which head each element is needed. A site is there if attention was met on the way back
 and some projection's rows are needed by one head each. Keys and values escape to the cache, so they belong
-to no head; without a cache theirs are owned too. Nothing here knows an architecture.
+to no head; without a cache theirs are owned too. A unit is what the innermost merged axis holds: one head, or what
+is made of several heads before they are merged (a difference of two). Nothing here knows an architecture.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import fx
 
 from .demand import MANY, Demand, demand, merged, sizes
 from .separable import IDENTITY, SDPA, SOFTMAX, VIEWS, aten, is_pointwise
-from .site import OwnedRows, Projection
+from .site import Core, OwnedRows, Projection
 
 LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default}
 AsProjection = Callable[[fx.Node], Projection | None]
@@ -61,8 +62,8 @@ def _owned(projection: Projection, label: torch.Tensor, units: int) -> OwnedRows
 
 def find_heads(
     output: Projection, as_projection: AsProjection, written: frozenset[fx.Node] = frozenset()
-) -> tuple[int, tuple[OwnedRows, ...], tuple[fx.Node, ...]] | str:
-    """(units, owned, cores) of the attention before `output`, or the reason that there is none."""
+) -> tuple[int, tuple[OwnedRows, ...], tuple[fx.Node, ...], tuple[Core, ...]] | str:
+    """(units, owned, attended, cores) of the attention before `output`, or the reason that there is none."""
     width, shape = _head_dim(output), sizes(output.input)
     if width is None or shape is None or width == 0 or output.in_features % width:
         return "its input isn't made of heads"
@@ -95,8 +96,14 @@ def find_heads(
             OwnedRows(entry, torch.full((1,), MANY, dtype=torch.int32), entry.out_features)
         )
     # In graph order: the first is the one whose input later predictors read.
-    cores = tuple(node for node in attended if _in_order(found.labels[node], units))
-    return units, tuple(sorted(owned, key=lambda o: o.projection.node)), cores
+    owned.sort(key=lambda o: o.projection.node)
+    tokens = torch.Size(shape[:-1]).numel()
+    cores = tuple(
+        Core(node, of_heads)
+        for node in attended
+        if (of_heads := _units_of_heads(found.labels[node], tokens)) is not None
+    )
+    return units, tuple(owned), attended, cores
 
 
 def _entry(core: fx.Node, as_projection: AsProjection) -> Projection | None:
@@ -127,9 +134,16 @@ def _attends(node: fx.Node) -> bool:
     return node.target is SDPA or node.target in SOFTMAX
 
 
-def _in_order(label: torch.Tensor, units: int) -> bool:
-    """The heads of [batch, heads, ...] or [batch * heads, ...] are the units, in their order."""
-    head = merged(label, tuple(range(label.dim() - 2, label.dim()))).reshape(label.shape[:-2])
-    if head.numel() % units or (head.dim() == 2 and head.shape[1] != units):
-        return False
-    return bool((head.reshape(-1, units) == torch.arange(units)).all())
+def _units_of_heads(label: torch.Tensor, tokens: int) -> tuple[int, ...] | None:
+    """The unit that needs each head of [batch, heads, queries, ...] or [batch * heads, queries, ...].
+
+    None where a head is needed by several, or by another in another sequence.
+    """
+    head = merged(label, tuple(range(label.dim() - 2, label.dim()))).flatten()
+    batch = max(1, tokens // label.shape[-2])
+    if head.numel() % batch:
+        return None
+    rows = head.view(batch, -1)
+    if bool((rows < 0).any() | (rows != rows[0]).any()):
+        return None
+    return tuple(rows[0].tolist())

@@ -439,10 +439,11 @@ def _attention(output: Projection, ordinal: int, in_place: frozenset[fx.Node]) -
     found = find_heads(output, as_projection, in_place)
     if isinstance(found, str):
         return found
-    units, owned, cores = found
+    units, owned, attended, cores = found
     return Site(
         kind=SiteKind.ATTENTION, layer=layer_of(output.name, ordinal), units=units, output=output,
-        leaves=(), interior=(), dims={}, exact=None, gate=None, owned=owned, cores=cores,
+        leaves=(), interior=(), dims={}, exact=None, gate=None, owned=owned, attended=attended,
+        cores=cores,
     )  # fmt: skip
 
 
