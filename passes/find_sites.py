@@ -20,6 +20,7 @@ from dejavu_compile._compat import qualified_name
 
 from .find_heads import find_heads
 from .in_place import written
+from .lone_attention import find_lone_attention
 from .others import find_others
 from .separable import (
     ATTENTION,
@@ -468,9 +469,10 @@ def find_sites(gm: fx.GraphModule) -> Found:
                     continue
                 reason = f"{reason}: {heads}"
             unmatched.append(Unmatched(projection, code, reason))
+    lone = find_lone_attention(gm, sites, unmatched, as_projection)
     inputs = {projection.node for site in sites for projection in site.projections}
     unmatched = [u for u in unmatched if u.projection.node not in inputs]
-    return Found(tuple(sites), tuple(unmatched), find_others(gm, as_projection))
+    return Found(tuple(sites), tuple(unmatched), find_others(gm, as_projection), lone)
 
 
 def resolve(gm: fx.GraphModule, node: fx.Node, inputs: dict[fx.Node, object]) -> torch.Tensor:

@@ -233,15 +233,25 @@ class Other:
 
 
 @dataclass(frozen=True, slots=True)
+class LoneAttention:
+    """An attention op that is in no site, and why. `name`: the weight that what it computes meets first."""
+
+    node: fx.Node
+    name: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """Result of `find_sites`: every projection of the graph is in `sites` or in `unmatched`.
 
-    `others` are the weights that no projection reads.
+    `others` are the weights that no projection reads; `lone` the attention that no site holds.
     """
 
     sites: tuple[Site, ...] = ()
     unmatched: tuple[Unmatched, ...] = ()
     others: tuple[Other, ...] = ()
+    lone: tuple[LoneAttention, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,102 @@
+"""The attention that is in no site, and why: for the report.
+
+    o = linear(norm(merge_heads(softmax(q @ k.T) @ v)), Wo)     what `Wo` says: the norm mixes heads
+    o = einsum("bqhd,hdo->bqo", softmax(q @ k.T) @ v, Wo)       `Wo` isn't a matrix
+    return softmax(q @ k.T) @ v                                 `Wo` is in another graph
+
+The reason lies where what an attention computes first meets a weight. Together with the sites', every attention of
+a graph is accounted for. An attention is a fused one, or a softmax of a product by which something is multiplied:
+the softmax of a router is neither.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from torch import fx
+
+from .others import PARTS, SAME_ELEMENTS, others_in
+from .separable import ATTENTION, SDPA, SOFTMAX, aten, is_pointwise
+from .site import LoneAttention, Projection, Site, Unmatched
+
+PRODUCTS = (ATTENTION | {aten.einsum.default}) - {SDPA, *SOFTMAX}
+CARRY = SAME_ELEMENTS | PARTS | {aten.cat.default}
+AsProjection = Callable[[fx.Node], Projection | None]
+Next = Callable[[fx.Node], Iterator[fx.Node]]
+
+
+def _inputs(node: fx.Node) -> Iterator[fx.Node]:
+    return iter(node.all_input_nodes)
+
+
+def _users(node: fx.Node) -> Iterator[fx.Node]:
+    return iter(node.users)
+
+
+def _first(start: fx.Node, step: Next, stop: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The nodes where `stop` first holds on each way from `start`, in graph order."""
+    found, seen, pending = set(), set(), list(step(start))
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if stop(node):
+            found.add(node)
+        else:
+            pending.extend(step(node))
+    return sorted(found)
+
+
+def _multiplies(softmax: fx.Node, step: Next, as_projection: AsProjection) -> bool:
+    """What is next to a softmax, but for ops element by element, is a product without a weight."""
+
+    def stop(node: fx.Node) -> bool:
+        return not (is_pointwise(node) or node.target in CARRY)
+
+    return any(
+        node.target in PRODUCTS and not _weighs(node, as_projection)
+        for node in _first(softmax, step, stop)
+    )
+
+
+def _weighs(node: fx.Node, as_projection: AsProjection) -> bool:
+    """A product with a weight, in whatever form."""
+    return as_projection(node) is not None or next(others_in(node), None) is not None
+
+
+def _is_attention(node: fx.Node, as_projection: AsProjection) -> bool:
+    if node.target is SDPA:
+        return True
+    return node.target in SOFTMAX and all(
+        _multiplies(node, step, as_projection) for step in (_inputs, _users)
+    )
+
+
+def _why(node: fx.Node, reasons: dict[fx.Node, str], as_projection: AsProjection) -> LoneAttention:
+    readers = _first(node, _users, lambda user: _weighs(user, as_projection))
+    if not readers:
+        reason = "what it computes leaves its graph before a projection reads it: a graph break"
+        return LoneAttention(node, None, reason)
+    reader = readers[0]
+    projection = as_projection(reader)
+    if projection is None:
+        _, other = next(others_in(reader))
+        reason = f"what reads it isn't a projection: {other.reason}"
+        return LoneAttention(node, other.name, reason)
+    reason = reasons.get(reader, "the site of the projection that reads it doesn't reach it")
+    return LoneAttention(node, projection.name, reason)
+
+
+def find_lone_attention(
+    gm: fx.GraphModule,
+    sites: Sequence[Site],
+    unmatched: Sequence[Unmatched],
+    as_projection: AsProjection,
+) -> tuple[LoneAttention, ...]:
+    """Every attention op that is in none of `sites`, in graph order."""
+    held = {node for site in sites for node in site.attended}
+    reasons = {u.projection.node: u.reason for u in unmatched}
+    return tuple(
+        _why(node, reasons, as_projection)
+        for node in gm.graph.nodes
+        if node not in held and _is_attention(node, as_projection)
+    )
