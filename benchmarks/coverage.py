@@ -174,19 +174,35 @@ def _softmaxes() -> tuple[Any, ...]:
     return F.softmax, torch.softmax, torch.Tensor.softmax, "softmax"
 
 
-def captured(gm: Any) -> int:
-    """Calls of softmax attention in a graph of Dynamo's, which may have been made for the prompt."""
+def captured(gm: Any) -> tuple[int, int]:
+    """Calls of softmax attention in a graph of Dynamo's, which may have been made for the prompt; and those unread."""
     import torch.nn.functional as F
 
-    softmaxes, found = _softmaxes(), 0
+    softmaxes, found = _softmaxes(), []
     for node in gm.graph.nodes:
         if node.target is F.scaled_dot_product_attention:
-            found += 1
+            found.append(node)
         elif node.target in softmaxes:
             shape = node.meta["example_value"].shape
             length = shape[-1] if isinstance(shape[-1], int) else shape[-1].node.hint
-            found += len(shape) >= 3 and length >= PROMPT
-    return found
+            if len(shape) >= 3 and length >= PROMPT:
+                found.append(node)
+    return len(found), sum(not _is_read(node) for node in found)
+
+
+def _is_read(node: Any) -> bool:
+    """It reaches what the graph returns, or something that is written in place."""
+    seen, pending = set(), [node]
+    while pending:
+        node = pending.pop()
+        if node.op == "output" or str(getattr(node.target, "__name__", node.target)).endswith(
+            ("_", "setitem")
+        ):
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.users)
+    return False
 
 
 def generate(model: Any) -> Any:
@@ -259,6 +275,7 @@ class Ran:
     found: Any
     names: dict[str, str]
     captured: int
+    unread: int
 
     def named(self, name: str) -> str:
         """A parameter's name in the model."""
@@ -276,7 +293,7 @@ class Running:
         from dejavu_compile._compat import guard_identity, names_in
 
         backend, prepared = sys.modules["dejavu_compile.backend"], []
-        prepare, calls_in_it = backend.prepare, captured(gm)
+        prepare, counted = backend.prepare, captured(gm)
         backend.prepare = lambda *args: prepared.append(prepare(*args)) or prepared[-1]
         try:
             compiled = backend.dejavu_eager(gm, inputs)
@@ -287,7 +304,7 @@ class Running:
             guard_identity(site.output.weight)
 
         def run(*args: Any) -> Any:
-            self.calls[-1].append(Ran(done.found, names_in(self.model, gm, args), calls_in_it))
+            self.calls[-1].append(Ran(done.found, names_in(self.model, gm, args), *counted))
             return compiled(*args)
 
         return run
@@ -357,9 +374,14 @@ def _attentions(step: list[Ran], expected: int) -> dict[str, Any]:
     held = sum(len({n for s in run.found.sites for n in s.attended}) for run in step)
     lone = Counter(_general(found.reason) for run in step for found in run.found.lone)
     rest = max(0, expected - held - lone.total())
-    unread = min(rest, max(0, sum(run.captured for run in step) - held - lone.total()))
-    lone |= Counter({"nothing reads what it computes": unread})
-    lone |= Counter({"it ran outside of the graphs that Dynamo captured": rest - unread})
+    inside = sum(run.captured - run.unread for run in step) - held - lone.total()
+    for reason, number in (
+        ("nothing reads what it computes", sum(run.unread for run in step)),
+        ("its softmax isn't between products that the analysis can read", inside),
+        ("Dynamo captured it in no graph", rest),
+    ):
+        lone[reason] = max(0, min(rest, number))
+        rest -= lone[reason]
     return {"sites_attention": held, "lone_attention": dict(+lone)}
 
 

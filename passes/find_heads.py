@@ -76,7 +76,7 @@ def find_heads(
     )
     attended = _attended(found)
     if not attended:
-        if any(_attends(n) for n in found.ends):
+        if any(_attention(n) and _escapes(n, output.node) for n in found.ends):
             return "what its attention computes is read elsewhere too"
         return "its input isn't attention that keeps heads apart"
     owned = []
@@ -128,6 +128,26 @@ def _entry(core: fx.Node, as_projection: AsProjection) -> Projection | None:
 def _attended(found: Demand) -> tuple[fx.Node, ...]:
     """The attention ops of a region, in graph order."""
     return tuple(sorted(filter(_attends, found.region)))
+
+
+def _attention(node: fx.Node) -> bool:
+    """An attention op, or what it computes in another dtype or shape."""
+    while node.target in IDENTITY | VIEWS | {aten.transpose.int, aten.permute.default}:
+        node = node.args[0]
+    return _attends(node)
+
+
+def _escapes(value: fx.Node, reader: fx.Node) -> bool:
+    """Some way from `value` to what the graph returns or writes leads past `reader`: it isn't just mixed on its way."""
+    pending, seen = [value], {reader}
+    while pending:
+        node = pending.pop()
+        if not node.users and node is not reader:
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.users)
+    return False
 
 
 def _attends(node: fx.Node) -> bool:

@@ -5,8 +5,8 @@
     return softmax(q @ k.T) @ v                                 `Wo` is in another graph
 
 The reason lies where what an attention computes first meets a weight. Together with the sites', every attention of
-a graph is accounted for. An attention is a fused one, or a softmax of a product by which something is multiplied:
-the softmax of a router is neither.
+a graph is accounted for. An attention is a fused one, or a softmax of a product by which something is multiplied (one
+of the two may be in another graph): the softmax of a router is neither.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,16 +46,9 @@ def _first(start: fx.Node, step: Next, stop: Callable[[fx.Node], bool]) -> list[
     return sorted(found)
 
 
-def _multiplies(softmax: fx.Node, step: Next, as_projection: AsProjection) -> bool:
-    """What is next to a softmax, but for ops element by element, is a product without a weight."""
-
-    def stop(node: fx.Node) -> bool:
-        return not (is_pointwise(node) or node.target in CARRY)
-
-    return any(
-        node.target in PRODUCTS and not _weighs(node, as_projection)
-        for node in _first(softmax, step, stop)
-    )
+def _beside(softmax: fx.Node, step: Next) -> list[fx.Node]:
+    """What is next to a softmax, but for ops element by element and what moves elements."""
+    return _first(softmax, step, lambda node: not (is_pointwise(node) or node.target in CARRY))
 
 
 def _weighs(node: fx.Node, as_projection: AsProjection) -> bool:
@@ -64,10 +57,15 @@ def _weighs(node: fx.Node, as_projection: AsProjection) -> bool:
 
 
 def _is_attention(node: fx.Node, as_projection: AsProjection) -> bool:
-    if node.target is SDPA:
-        return True
-    return node.target in SOFTMAX and all(
-        _multiplies(node, step, as_projection) for step in (_inputs, _users)
+    if node.target not in SOFTMAX:
+        return node.target is SDPA
+    sides = [_beside(node, step) for step in (_inputs, _users)]
+    multiplied = [
+        any(n.target in PRODUCTS and not _weighs(n, as_projection) for n in side) for side in sides
+    ]
+    elsewhere = [any(n.op in ("placeholder", "output") for n in side) for side in sides]
+    return any(multiplied) and all(
+        here or other for here, other in zip(multiplied, elsewhere, strict=True)
     )
 
 
