@@ -16,9 +16,12 @@ import torch
 from torch import fx
 
 from .demand import MANY, Demand, demand, merged, sizes
-from .separable import IDENTITY, SDPA, SOFTMAX, VIEWS, aten, is_pointwise
+from .separable import IDENTITY, PRODUCTS, SDPA, SOFTMAX, VIEWS, aten, is_pointwise
 from .site import Core, OwnedRows, Projection
 
+KEEP_ATTENTION = IDENTITY | VIEWS | PRODUCTS | {
+    aten.transpose.int, aten.permute.default, aten.slice.Tensor,
+}  # fmt: skip
 LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default}
 AsProjection = Callable[[fx.Node], Projection | None]
 
@@ -76,7 +79,8 @@ def find_heads(
     )
     attended = _attended(found)
     if not attended:
-        if any(_attention(n) and _escapes(n, output.node) for n in found.ends):
+        ends = [n for n in found.ends if _of_attention(n, as_projection)]
+        if any(_escapes(n, output.node) for n in ends):
             return "what its attention computes is read elsewhere too"
         return "its input isn't attention that keeps heads apart"
     owned = []
@@ -130,9 +134,9 @@ def _attended(found: Demand) -> tuple[fx.Node, ...]:
     return tuple(sorted(filter(_attends, found.region)))
 
 
-def _attention(node: fx.Node) -> bool:
-    """An attention op, or what it computes in another dtype or shape."""
-    while node.target in IDENTITY | VIEWS | {aten.transpose.int, aten.permute.default}:
+def _of_attention(node: fx.Node, as_projection: AsProjection) -> bool:
+    """The weights of an attention or what it computes, in whatever dtype and shape."""
+    while node.target in KEEP_ATTENTION and as_projection(node) is None:
         node = node.args[0]
     return _attends(node)
 

@@ -21,7 +21,7 @@ from dejavu_compile._compat import qualified_name
 from .find_heads import find_heads
 from .in_place import written
 from .lone_attention import find_lone_attention
-from .others import find_others
+from .others import find_others, op_name
 from .separable import (
     ATTENTION,
     NONLINEAR_EXEMPT,
@@ -257,13 +257,9 @@ def _walk(output: Projection, escaping: set[fx.Node], in_place: frozenset[fx.Nod
     return _Region(interior, leaves, blocked)
 
 
-def _op_name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
-
-
 def _no_site(node: fx.Node, immediate: bool) -> _NoSiteError:
     """The reason that a value in the way of the walk gives."""
-    op = _op_name(node)
+    op = op_name(node)
     if node.target in VIEWS_THAT_SPLIT:
         return _NoSiteError(
             NoSite.ATTENTION,
@@ -300,7 +296,7 @@ def _region(output: Projection, in_place: frozenset[fx.Node]) -> _Region:
         nearest = max(found)
         reader = next(user for user in nearest.users if user not in inside)
         blocked = blocked or _NoSiteError(
-            NoSite.SHARED, f"every unit counts: {_op_name(reader)} reads them too"
+            NoSite.SHARED, f"every unit counts: {op_name(reader)} reads them too"
         )
         escaping |= found
 

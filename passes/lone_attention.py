@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import fx
 
-from .others import PARTS, SAME_ELEMENTS, others_in
+from .others import PARTS, SAME_ELEMENTS, op_name, others_in
 from .separable import ATTENTION, SDPA, SOFTMAX, aten, is_pointwise
-from .site import LoneAttention, Projection, Site, Unmatched
+from .site import LoneAttention, NoSite, Projection, Site, Unmatched
 
 PRODUCTS = (ATTENTION | {aten.einsum.default}) - {SDPA, *SOFTMAX}
 CARRY = SAME_ELEMENTS | PARTS | {aten.cat.default}
@@ -69,7 +69,9 @@ def _is_attention(node: fx.Node, as_projection: AsProjection) -> bool:
     )
 
 
-def _why(node: fx.Node, reasons: dict[fx.Node, str], as_projection: AsProjection) -> LoneAttention:
+def _why(
+    node: fx.Node, reasons: dict[fx.Node, Unmatched], as_projection: AsProjection
+) -> LoneAttention:
     readers = _first(node, _users, lambda user: _weighs(user, as_projection))
     if not readers:
         reason = "what it computes leaves its graph before a projection reads it: a graph break"
@@ -80,7 +82,14 @@ def _why(node: fx.Node, reasons: dict[fx.Node, str], as_projection: AsProjection
         _, other = next(others_in(reader))
         reason = f"what reads it isn't a projection: {other.reason}"
         return LoneAttention(node, other.name, reason)
-    reason = reasons.get(reader, "the site of the projection that reads it doesn't reach it")
+    known = reasons.get(reader)
+    if known is None:
+        reason = "the site of the projection that reads it doesn't reach it"
+    elif known.code is NoSite.ATTENTION:
+        reason = known.reason
+    else:  # that of the projection, which may speak of the residual stream: here, attention went into it
+        op = op_name(projection.input)
+        reason = f"its heads aren't kept apart up to the projection that reads it ({op})"
     return LoneAttention(node, projection.name, reason)
 
 
@@ -92,7 +101,7 @@ def find_lone_attention(
 ) -> tuple[LoneAttention, ...]:
     """Every attention op that is in none of `sites`, in graph order."""
     held = {node for site in sites for node in site.attended}
-    reasons = {u.projection.node: u.reason for u in unmatched}
+    reasons = {u.projection.node: u for u in unmatched}
     return tuple(
         _why(node, reasons, as_projection)
         for node in gm.graph.nodes

@@ -59,15 +59,18 @@ def _reason(node: fx.Node, value: fx.Node, weight: fx.Node) -> str:
             return f"one of {shape_of(weight)[0]} matrices, of which the model itself selects (experts)"
         return "a part of a matrix: only whole ones are split by unit"
     if value is not weight:
-        return f"its weight is computed at each step ({_name(value)}): store the result instead"
+        return f"its weight is computed at each step ({op_name(value)}): store the result instead"
     if rank > 2:
-        return f"a stack of matrices ({rank} dims, {_name(node)}): only matrices are split by unit"
+        return (
+            f"a stack of matrices ({rank} dims, {op_name(node)}): only matrices are split by unit"
+        )
     if len(used) > rank:
-        return f"a matrix in {used[0]} pieces ({_name(node)}): only whole ones are split by unit"
-    return f"{_name(node)} isn't a projection of the last axis"
+        return f"a matrix in {used[0]} pieces ({op_name(node)}): only whole ones are split by unit"
+    return f"{op_name(node)} isn't a projection of the last axis"
 
 
-def _name(node: fx.Node) -> str:
+def op_name(node: fx.Node) -> str:
+    """An op as messages call it."""
     return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
 
 
