@@ -533,8 +533,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"{len(right)} give eager's logits when compiled (within {TOLERANCE:g}, relative).",
         f"- {len(sparse_right)} of {len(sparse_ran)} with predicted sites equal the eager model with the other "
         "units zeroed.",
-        f"- Found: {mlps - missed} of {mlps} MLPs ({1 - missed / mlps:.1%}), {found} of {attentions} calls of "
-        f"softmax attention ({found / attentions:.1%}). State spaces, linear attention and maps of embeddings "
+        f"- Found: {mlps - missed} of {mlps} MLPs ({_share(mlps - missed, mlps)}), {found} of {attentions} calls of "
+        f"softmax attention ({_share(found, attentions)}). State spaces, linear attention and maps of embeddings "
         "are told apart by the names of their modules.",
         "", "| model type | graph breaks | MLPs | attention | lossless | sparse | what was missed, and why |",
         "|---|---|---|---|---|---|---|",
@@ -557,6 +557,10 @@ OTHER_STRUCTURE = re.compile("mamba|mixer|attn|attention|embed")
 def _missed_mlps(row: dict[str, Any]) -> list[str]:
     """The projections from another width that are neither found nor a part of something else."""
     return [name for name in row["missed_mlps"] if not OTHER_STRUCTURE.search(name)]
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "none there"
 
 
 def _figure(value: float | None) -> str:

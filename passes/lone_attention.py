@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import fx
 
 from .others import PARTS, SAME_ELEMENTS, op_name, others_in
-from .separable import ATTENTION, SDPA, SOFTMAX, aten, is_pointwise
+from .separable import ATTENTION, SDPA, SOFTMAX, aten, is_pointwise, same_size, shape_of
 from .site import LoneAttention, NoSite, Projection, Site, Unmatched
 
 PRODUCTS = (ATTENTION | {aten.einsum.default}) - {SDPA, *SOFTMAX}
@@ -56,6 +56,13 @@ def _weighs(node: fx.Node, as_projection: AsProjection) -> bool:
     return as_projection(node) is not None or next(others_in(node), None) is not None
 
 
+def _is_end(node: fx.Node, softmax: fx.Node) -> bool:
+    """Where a graph was cut: what it returns, or is given in a softmax's own size (a mask or a bias has another)."""
+    if node.op == "placeholder":
+        return same_size(shape_of(node) or (), shape_of(softmax))
+    return node.op == "output"
+
+
 def _is_attention(node: fx.Node, as_projection: AsProjection) -> bool:
     if node.target not in SOFTMAX:
         return node.target is SDPA
@@ -63,7 +70,7 @@ def _is_attention(node: fx.Node, as_projection: AsProjection) -> bool:
     multiplied = [
         any(n.target in PRODUCTS and not _weighs(n, as_projection) for n in side) for side in sides
     ]
-    elsewhere = [any(n.op in ("placeholder", "output") for n in side) for side in sides]
+    elsewhere = [any(_is_end(n, node) for n in side) for side in sides]
     return any(multiplied) and all(
         here or other for here, other in zip(multiplied, elsewhere, strict=True)
     )
@@ -74,8 +81,8 @@ def _why(
 ) -> LoneAttention:
     readers = _first(node, _users, lambda user: _weighs(user, as_projection))
     if not readers:
-        reason = "what it computes leaves its graph before a projection reads it: a graph break"
-        return LoneAttention(node, None, reason)
+        reason = "what it computes leaves its graph before a projection reads it"
+        return LoneAttention(node, None, f"{reason}: at a graph break, or as a result")
     reader = readers[0]
     projection = as_projection(reader)
     if projection is None:

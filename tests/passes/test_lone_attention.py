@@ -154,11 +154,11 @@ class Router(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.router = nn.Linear(WIDTH, HEADS)
+        self.router, self.bias = nn.Linear(WIDTH, HEADS), nn.Parameter(torch.zeros(HEADS))
         self.experts = nn.Parameter(torch.randn(HEADS, WIDTH, WIDTH))
 
     def forward(self, x):
-        gates = self.router(x).softmax(-1)
+        gates = (self.router(x) * self.bias).softmax(-1)
         each = torch.einsum("btd,edf->btef", x, self.experts)
         return (gates.unsqueeze(-2) @ each).squeeze(-2), self.router(x).softmax(-1)
 
