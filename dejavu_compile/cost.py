@@ -104,7 +104,7 @@ def _cache_bytes(site: Site) -> int:
     """Bytes of keys and values that a decode step reads for one head, where heads can be left out."""
     total = 0
     for core in site.cores:
-        attention = as_decode_attention(core)
+        attention = as_decode_attention(core.node)
         if attention is None:
             return 0
         for value in (attention.k, attention.v):
