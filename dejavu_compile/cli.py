@@ -76,7 +76,10 @@ def _app() -> "typer.Typer":
     def calibrate(
         model: Model, text: Text, out: Annotated[Path, typer.Option(help="the artifact's folder")],
         policy: str = "auto", max_ppl_increase: float = 0.01, density: float | None = None,
-        windows: int = 160, length: int = 512, seed: int = 0, device: Device = "",
+        windows: int = 160, length: int = 512, seed: int = 0, device: Device = "", json_path: Json = None,
+        workdir: Annotated[Path | None, typer.Option(
+            help="a folder for what is recorded: needn't fit in memory, and the same command goes on from there",
+            file_okay=False)] = None,
     ) -> None:  # fmt: skip
         """Fit predictors and thresholds on a text, and save them."""
         from .calibrate import calibrate as run
@@ -91,8 +94,10 @@ def _app() -> "typer.Typer":
             max_ppl_increase=max_ppl_increase,
             density=density,
             seed=seed,
+            workdir=workdir,
         )
         result.save_pretrained(out)
+        _write(json_path, result.to_dict())
         print(result)
 
     @app.command("eval")
