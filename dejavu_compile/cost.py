@@ -13,9 +13,9 @@ Weights are read for the union of the tokens' selections: rho_m = 1 - (1 - rho)^
 independently, which is the worst case, since tokens of one text agree more. A cache belongs to one
 sequence, so no batch makes its saving smaller.
 
-q is 1 on a CPU and m on a GPU, whose kernels go through a selected row once for each token: from the caches, but
-at no more bandwidth than from memory. (H100, OPT-66B attention, 4 sequences, half of the heads: 2.5 to 3 times as long
-for the weights of 94 % of the heads as a library GEMM for all)
+q is 1 on a CPU, and for one token. A GPU's kernels go through a selected row once for four tokens, and several tokens
+are more arithmetic than it does on the way: q is 2 for two to four of them, 3 for up to eight. (H100, d 4096 and 9216, MLP at
+10 %: a row took 1.3 to 1.9 times as long as its share of a library GEMM at 2 and 4 tokens, 2.3 to 3.0 at 8)
 """
 
 from collections.abc import Callable
@@ -65,7 +65,7 @@ class SiteCost:
     carrier_bytes_per_unit: int
     predictor_bytes: int
     cache_bytes_per_unit: int = 0  # a sequence
-    row_by_token: bool = False  # a selected row is gone through once for each token
+    several_cost_more: bool = False  # than one token does, for the same rows: on a GPU
 
     def bytes(
         self, policy: Policy, density: float, tokens: int = 1,
@@ -73,7 +73,7 @@ class SiteCost:
     ) -> float:  # fmt: skip
         """Bytes read a step under `policy`."""
         form = BYTES_CACHE_ONLY if execution is Execution.CACHE else BYTES[policy]
-        times = tokens if self.row_by_token else 1
+        times = 1 + -(-tokens // 4) if self.several_cost_more and tokens > 1 else 1
         return float(_compiled(form)(*self._sizes, times, tokens, density))
 
     def break_even(self, policy: Policy) -> float:
@@ -96,7 +96,7 @@ def cost_of(site: Site, carrier: Carrier | None, predictor_bytes: int) -> SiteCo
     )
     return SiteCost(
         site.units, site.bytes_per_unit, carrier_bytes, predictor_bytes, _cache_bytes(site),
-        row_by_token=weight.is_cuda,
+        several_cost_more=weight.is_cuda,
     )  # fmt: skip
 
 

@@ -180,10 +180,10 @@ def _decide(
                 source = _source(attachment, site, sites)
             if execution is not Execution.MASKED:
                 execution = _cheapest(ways, policy, density, cost, site.num_tokens)
-        elif cost.row_by_token and site.num_tokens > 1:
+        elif cost.several_cost_more and site.num_tokens > 1:
             raise _StayDenseError(
                 f"how many of its units are zero isn't known: dv.calibrate(model, batches) would say whether "
-                f"rows pay that are read for each of {site.num_tokens} tokens"
+                f"skipping them pays for {site.num_tokens} tokens"
             )
         if execution is Execution.GATHERED:
             wanted = [

@@ -65,13 +65,14 @@ def _attention_kernel(
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_h, mask_s,
     D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
     SELECT: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    SCAN: tl.constexpr, STAGES: tl.constexpr,
+    SCAN: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (batch * kv_heads, splits): the GROUP heads that share keys are rows of one product.
 
     MASK: 0 none, 1 boolean, 2 added. SCAN, a power of two, at least `per_split`: one boolean mask for all heads is
-    read ahead, and no more where the slots that it allows have no holes between them; 0: it isn't. A group of which no head runs ends at once. Of the others the last split to finish joins what all of them left.
+    read ahead, and no more where the slots that it allows have no holes between them; 0: it isn't. GATED: keys and
+    values that a boolean mask hides aren't read, so the others wait for it. A group of which no head runs ends at once. Of the others the last split to finish joins what all of them left.
     SPLITS is a power of two, at least the number of splits.
     """
     wait_for_previous(EARLY)
@@ -107,18 +108,18 @@ def _attention_kernel(
             if tl.sum(seen.to(tl.int32), axis=0) == stop - begin:
                 largest, total, y = _attend(
                     begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
-                    D, E, 0, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, STAGES,
+                    D, E, 0, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, STAGES, GATED,
                 )  # fmt: skip
             else:
                 # Not staged: shared memory holds the buffers of both loops.
                 largest, total, y = _attend(
                     begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
-                    D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, 1,
+                    D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, 1, GATED,
                 )  # fmt: skip
         else:
             largest, total, y = _attend(
                 begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
-                D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, STAGES,
+                D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, STAGES, GATED,
             )  # fmt: skip
         if SPLITS == 1:
             whole = tl.where(runs & (total != 0.0), total, 1.0)
@@ -151,6 +152,7 @@ def _attend(
     begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
     D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
+    GATED: tl.constexpr,
 ):  # fmt: skip
     """The slots from `begin` to `stop`: largest logit, sum of the weights, and the values' weighted sum, by row."""
     d = tl.arange(0, BLOCK_D)
@@ -167,8 +169,9 @@ def _attend(
             at_mask = mask_ptr + head[:, None] * mask_h + slot[None, :] * mask_s
             if MASK == 1:
                 allowed = allowed & (tl.load(at_mask, mask=allowed, other=0) != 0)
-                # Slots that no row may attend to aren't read
-                live = live & (tl.max(allowed.to(tl.int32), axis=0) != 0)
+                shown = live & (tl.max(allowed.to(tl.int32), axis=0) != 0)
+                if GATED:
+                    live = shown
             else:
                 added = tl.load(at_mask, mask=allowed, other=0.0).to(tl.float32)
         slot = slot.to(tl.int64)
@@ -182,6 +185,10 @@ def _attend(
             v_ptr + slot[:, None] * v_s + e[None, :],
             mask=live[:, None] & (e[None, :] < E), other=0.0,
         )  # fmt: skip
+        if MASK == 1 and not GATED:
+            v = tl.where(
+                shown[:, None], v, 0.0
+            )  # what is hidden may be anything, and zero times NaN is NaN
         s = tl.dot(q, k, input_precision="ieee") * factor
         if CAP:
             s = cap * (2 * tl.sigmoid(2 * s) - 1)  # tanh
@@ -227,6 +234,7 @@ def _join(
 
 BLOCK_S = 64
 MOST_SCANNED = 4096  # slots of a mask
+GATED_ABOVE = 2 * PROCESSORS  # blocks of keys
 LEAST = 16  # rows and columns of a matrix product
 
 
@@ -259,11 +267,13 @@ def launch_attention(
     stats = empty(batch * heads * splits, 2, like=q, dtype=torch.float32)
     out = empty(batch, heads, 1, e, like=q)
     kind, mask_strides, scan = 0, (0, 0, 0), 0
+    # Little to read in one block a program: its latency counts, not its bytes.
+    gated = per_split > config["BLOCK_S"] or groups * splits > GATED_ABOVE
     if mask is not None:
         mask = mask.expand(batch, heads, 1, slots)
         kind = 1 if mask.dtype is torch.bool else 2
         mask_strides = mask.stride(0), mask.stride(1), mask.stride(3)
-        if kind == 1 and mask.stride(1) == 0 and per_split <= MOST_SCANNED:
+        if kind == 1 and gated and mask.stride(1) == 0 and per_split <= MOST_SCANNED:
             scan = power_of_2(per_split)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     score = None if score is None else score.contiguous()
@@ -273,7 +283,8 @@ def launch_attention(
         scale, softcap, kv_heads, slots, per_split, q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *mask_strides,
         D=d, E=e, GROUP=group, MASK=kind, CAP=softcap != 0, SELECT=score is not None,
-        ROWS=max(LEAST, power_of_2(group)), SPLITS=power_of_2(splits), SCAN=scan, EARLY=False,
+        ROWS=max(LEAST, power_of_2(group)), SPLITS=power_of_2(splits), SCAN=scan, GATED=gated,
+        EARLY=False,
         BLOCK_D=max(LEAST, power_of_2(d)), BLOCK_E=max(LEAST, power_of_2(e)), **config,
     )  # fmt: skip
     return out

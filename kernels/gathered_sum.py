@@ -24,7 +24,7 @@ from ._triton import (
     wait_for_previous,
     wrap_triton,
 )
-from .rows import CPU_DENSE_ABOVE, check_rows
+from .rows import CPU_DENSE_ABOVE, check_rows, once
 
 
 def gathered_sum_reference(
@@ -44,10 +44,8 @@ def gathered_sum_reference(
 @jit
 def rows_of(weight_ptr, unit, live, column, d, stride):
     """Some columns of the rows of these units, zero where not `live`."""
-    return tl.load(
-        weight_ptr + unit[:, None].to(tl.int64) * stride + column[None, :],
-        mask=live[:, None] & (column[None, :] < d), other=0.0,
-    )  # fmt: skip
+    row = weight_ptr + unit[:, None].to(tl.int64) * stride
+    return once(row + column[None, :], live[:, None] & (column[None, :] < d))
 
 
 @jit
@@ -58,10 +56,27 @@ def _asked(weight_ptr, index_ptr, slot, last, column, n, d, stride):
 
 
 @jit
-def _weighed(values, slot, unit, w, last, COMPACTED: tl.constexpr):
-    at = slot if COMPACTED else unit
-    h = tl.load(values + at, mask=slot < last, other=0.0).to(tl.float32)
+def times_of(values, at, live, w):
+    """The rows of a weight, each times its value."""
+    h = tl.load(values + at, mask=live, other=0.0).to(tl.float32)
     return h[:, None] * w.to(tl.float32)
+
+
+@jit
+def _add(
+    total0, total1, total2, total3, values, n, slot, unit, w, last,
+    TOKENS: tl.constexpr, COMPACTED: tl.constexpr,
+):  # fmt: skip
+    """Rows that are read once, weighed by up to four tokens and added to their sums."""
+    at, live = slot if COMPACTED else unit, slot < last
+    total0 += times_of(values, at, live, w)
+    if TOKENS > 1:
+        total1 += times_of(values + n, at, live, w)
+    if TOKENS > 2:
+        total2 += times_of(values + 2 * n, at, live, w)
+    if TOKENS > 3:
+        total3 += times_of(values + 3 * n, at, live, w)
+    return total0, total1, total2, total3
 
 
 @jit
@@ -85,9 +100,10 @@ def _sum_kernel(
     share = tl.cdiv(count, splits)
     first = split * share
     last = tl.minimum(first + share, count)
-    for token in tl.static_range(TOKENS):
-        values = hidden_ptr + token * n
-        total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
+    for group in tl.static_range(0, TOKENS, 4):
+        values = hidden_ptr + group * n
+        total0 = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
+        total1, total2, total3 = total0, total0, total0
         slot = first + tl.arange(0, BLOCK_J)
         unit, w = _asked(weight_ptr, index_ptr, slot, last, column, n, d, weight_stride)
         if FOUR:
@@ -99,10 +115,18 @@ def _sum_kernel(
             wait_for_previous(EARLY)
         start = first
         if FOUR:
-            total += _weighed(values, slot, unit, w, last, COMPACTED)
-            total += _weighed(values, slot1, unit1, w1, last, COMPACTED)
-            total += _weighed(values, slot2, unit2, w2, last, COMPACTED)
-            total += _weighed(values, slot3, unit3, w3, last, COMPACTED)
+            total0, total1, total2, total3 = _add(
+                total0, total1, total2, total3, values, n, slot, unit, w, last, TOKENS - group, COMPACTED
+            )  # fmt: skip
+            total0, total1, total2, total3 = _add(
+                total0, total1, total2, total3, values, n, slot1, unit1, w1, last, TOKENS - group, COMPACTED
+            )  # fmt: skip
+            total0, total1, total2, total3 = _add(
+                total0, total1, total2, total3, values, n, slot2, unit2, w2, last, TOKENS - group, COMPACTED
+            )  # fmt: skip
+            total0, total1, total2, total3 = _add(
+                total0, total1, total2, total3, values, n, slot3, unit3, w3, last, TOKENS - group, COMPACTED
+            )  # fmt: skip
             start += 4 * BLOCK_J
             slot += 4 * BLOCK_J
             unit, w = _asked(weight_ptr, index_ptr, slot, last, column, n, d, weight_stride)
@@ -112,18 +136,34 @@ def _sum_kernel(
             next_unit, next_w = _asked(
                 weight_ptr, index_ptr, following, last, column, n, d, weight_stride
             )
-            total += _weighed(values, slot, unit, w, last, COMPACTED)
+            total0, total1, total2, total3 = _add(
+                total0, total1, total2, total3, values, n, slot, unit, w, last, TOKENS - group, COMPACTED
+            )  # fmt: skip
             slot, unit, w = following, next_unit, next_w
-        part = (split * TOKENS + token).to(tl.int64) * d + column
-        target = part_ptr if SPLIT else out_ptr
-        tl.store(target + part, tl.sum(total, axis=0), mask=column < d)
+        totals = total0, total1, total2, total3
+        for token in tl.static_range(TOKENS - group if TOKENS - group < 4 else 4):
+            part = (split * TOKENS + group + token).to(tl.int64) * d + column
+            target = part_ptr if SPLIT else out_ptr
+            tl.store(target + part, tl.sum(totals[token], axis=0), mask=column < d)
     if SPLIT:
         if is_last(arrived_ptr + block, splits):
             add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
 
 
-def sum_config(n: int, d: int) -> dict[str, int]:
-    """Weights that fill the registers before the wait. (H200: d 4096 at 10 and 50 %, 9216 at 10 %)"""
+def sum_config(n: int, d: int, tokens: int = 1) -> dict[str, int]:
+    """Weights that fill the registers before the wait; of several tokens, sums. (H200, d 4096 at 10 and 50 %, 9216 at 10 %;
+    H100 for 2 to 8 tokens)"""
+    if tokens > 1:
+        block_j, block_d = (32, 64) if d <= 4096 else (16, 128)
+        block_d = min(block_d, power_of_2(d))
+        splits = max(1, min(16, 8 * PROCESSORS // cdiv(d, block_d), cdiv(n, 64)))
+        return {
+            "BLOCK_J": block_j,
+            "BLOCK_D": block_d,
+            "num_warps": 4,
+            "splits": splits,
+            "FOUR": False,
+        }
     if d <= 4096:
         block_d = min(64, power_of_2(d))
         splits = max(1, min(16, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 256)))
@@ -140,7 +180,7 @@ def launch_sum(
     hidden = hidden.contiguous()
     check_rows(weight)
     (tokens, n), d = hidden.shape, weight.shape[1]
-    config = dict(config or sum_config(n, d))
+    config = dict(config or sum_config(n, d, tokens))
     splits, blocks = config.pop("splits"), cdiv(d, config["BLOCK_D"])
     check_arrived(arrived, blocks)
     out = empty(tokens, d, like=hidden, dtype=torch.float32)

@@ -25,7 +25,7 @@ from ._triton import (
     wait_for_previous,
     wrap_triton,
 )
-from .gathered_sum import rows_of
+from .gathered_sum import rows_of, times_of
 from .gemv import running
 from .rows import check_rows
 
@@ -52,13 +52,29 @@ def _block_of(item, running, place, head, WIDTH: tl.constexpr, BLOCK_J: tl.const
 
 
 @jit
-def _weighed(hidden_ptr, score_ptr, at, row, live, w, TOKENS: tl.constexpr):
+def _of_token(hidden_ptr, score_ptr, at, row, live, w, SEVERAL: tl.constexpr):
     """Rows of the weight times what attention gave for them, of one token's running heads."""
-    if TOKENS > 1:
+    if SEVERAL:
         score = tl.load(score_ptr + at, mask=live, other=-1.0).to(tl.float32)
         live = live & ((score > 0) | (score != score))
-    h = tl.load(hidden_ptr + row, mask=live, other=0.0).to(tl.float32)
-    return h[:, None] * w.to(tl.float32)
+    return times_of(hidden_ptr, row, live, w)
+
+
+@jit
+def _add(
+    total0, total1, total2, total3, hidden_ptr, score_ptr, heads, at, row, live, w,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, SEVERAL: tl.constexpr,
+):  # fmt: skip
+    """Rows that are read once, weighed by up to four tokens and added to their sums."""
+    n = heads * WIDTH
+    total0 += _of_token(hidden_ptr, score_ptr, at, row, live, w, SEVERAL)
+    if TOKENS > 1:
+        total1 += _of_token(hidden_ptr + n, score_ptr + heads, at, row, live, w, SEVERAL)
+    if TOKENS > 2:
+        total2 += _of_token(hidden_ptr + 2 * n, score_ptr + 2 * heads, at, row, live, w, SEVERAL)
+    if TOKENS > 3:
+        total3 += _of_token(hidden_ptr + 3 * n, score_ptr + 3 * heads, at, row, live, w, SEVERAL)
+    return total0, total1, total2, total3
 
 
 @jit
@@ -84,9 +100,10 @@ def _head_sum_kernel(
     place = tl.where(any_runs != 0, tl.cumsum(any_runs, axis=0) - 1, -1)
     running = tl.sum(any_runs, axis=0)
     items = tl.cdiv(running * WIDTH, BLOCK_J)
-    for token in tl.static_range(TOKENS):
-        total = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
-        hidden, scores = hidden_ptr + token * heads * WIDTH, score_ptr + token * heads
+    for group in tl.static_range(0, TOKENS, 4):
+        total0 = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
+        total1, total2, total3 = total0, total0, total0
+        hidden, scores = hidden_ptr + group * heads * WIDTH, score_ptr + group * heads
         at, row, live = _block_of(split, running, place, head, WIDTH, BLOCK_J)
         w = rows_of(weight_ptr, row, live, column, d, weight_stride)
         if FOUR:
@@ -99,10 +116,22 @@ def _head_sum_kernel(
         wait_for_previous(EARLY)
         begin = split
         if FOUR:
-            total += _weighed(hidden, scores, at, row, live, w, TOKENS)
-            total += _weighed(hidden, scores, at1, row1, live1, w1, TOKENS)
-            total += _weighed(hidden, scores, at2, row2, live2, w2, TOKENS)
-            total += _weighed(hidden, scores, at3, row3, live3, w3, TOKENS)
+            total0, total1, total2, total3 = _add(
+                total0, total1, total2, total3, hidden, scores, heads, at, row, live, w,
+                WIDTH, TOKENS - group, TOKENS > 1,
+            )  # fmt: skip
+            total0, total1, total2, total3 = _add(
+                total0, total1, total2, total3, hidden, scores, heads, at1, row1, live1, w1,
+                WIDTH, TOKENS - group, TOKENS > 1,
+            )  # fmt: skip
+            total0, total1, total2, total3 = _add(
+                total0, total1, total2, total3, hidden, scores, heads, at2, row2, live2, w2,
+                WIDTH, TOKENS - group, TOKENS > 1,
+            )  # fmt: skip
+            total0, total1, total2, total3 = _add(
+                total0, total1, total2, total3, hidden, scores, heads, at3, row3, live3, w3,
+                WIDTH, TOKENS - group, TOKENS > 1,
+            )  # fmt: skip
             begin += 4 * splits
             at, row, live = _block_of(begin, running, place, head, WIDTH, BLOCK_J)
             w = rows_of(weight_ptr, row, live, column, d, weight_stride)
@@ -112,26 +141,35 @@ def _head_sum_kernel(
                 item + splits, running, place, head, WIDTH, BLOCK_J
             )
             next_w = rows_of(weight_ptr, next_row, next_live, column, d, weight_stride)
-            total += _weighed(hidden, scores, at, row, live, w, TOKENS)
+            total0, total1, total2, total3 = _add(
+                total0, total1, total2, total3, hidden, scores, heads, at, row, live, w,
+                WIDTH, TOKENS - group, TOKENS > 1,
+            )  # fmt: skip
             at, row, live, w = next_at, next_row, next_live, next_w
-        part = (split * TOKENS + token).to(tl.int64) * d + column
-        target = part_ptr if SPLIT else out_ptr
-        tl.store(target + part, tl.sum(total, axis=0), mask=column < d)
+        totals = total0, total1, total2, total3
+        for token in tl.static_range(TOKENS - group if TOKENS - group < 4 else 4):
+            part = (split * TOKENS + group + token).to(tl.int64) * d + column
+            target = part_ptr if SPLIT else out_ptr
+            tl.store(target + part, tl.sum(totals[token], axis=0), mask=column < d)
     if SPLIT:
         if is_last(arrived_ptr + tl.program_id(0), splits):
             add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
 
 
-def head_sum_config(heads: int, width: int, d: int) -> dict[str, int]:
+def head_sum_config(heads: int, width: int, d: int, tokens: int = 1) -> dict[str, int]:
     """Two to four programs a multiprocessor, with tiles that keep memory busy. (H200, d 4096 and 9216)"""
-    if d <= 4096:
+    if tokens > 1:
+        block_j, block_d = min(16, power_of_2(width)), min(128, power_of_2(d))
+        most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
+    elif d <= 4096:
         block_j, block_d, most = min(128, power_of_2(width)), min(64, power_of_2(d)), 4
     else:
         block_j, block_d = min(64, power_of_2(width)), 128
         most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
     splits = max(1, min(heads * cdiv(width, block_j), most))
     return {
-        "BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits, "FOUR": d <= 4096,
+        "BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits,
+        "FOUR": d <= 4096 and tokens == 1,
     }  # fmt: skip
 
 
@@ -144,7 +182,7 @@ def launch_head_sum(
     check_rows(weight)
     (tokens, heads), d = score.shape, weight.shape[1]
     width = weight.shape[0] // heads
-    config = dict(config or head_sum_config(heads, width, d))
+    config = dict(config or head_sum_config(heads, width, d, tokens))
     splits, blocks = config.pop("splits"), cdiv(d, config["BLOCK_D"])
     check_arrived(arrived, blocks)
     out = empty(tokens, d, like=hidden, dtype=torch.float32)

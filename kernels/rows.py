@@ -59,26 +59,66 @@ def gathered_glu_reference(
 
 
 @jit
-def first_columns(row, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The first block of columns of some rows of a weight; `row` [BLOCK_J, 1] points to their beginnings."""
-    at = tl.arange(0, BLOCK_D)
-    return tl.load(row + at[None, :], mask=live[:, None] & (at[None, :] < D), other=0.0)
+def once(pointer, mask):
+    """Part of a weight, zero where masked. A step reads it once, so it is the first to leave the caches, and what is small
+    (norms, tables, the caches of keys) stays for the next step."""
+    return tl.load(pointer, mask=mask, other=0.0, eviction_policy="evict_first")
 
 
 @jit
-def dots(x_ptr, row, begun, live, D: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The dot product of x [D] with each of BLOCK_J rows, of which `begun` are the first columns."""
+def first_columns(row, live, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The first block of columns of some rows of a weight; `row` [BLOCK_J, 1] points to their beginnings."""
+    at = tl.arange(0, BLOCK_D)
+    return once(row + at[None, :], live[:, None] & (at[None, :] < D))
+
+
+@jit
+def _products(x_ptr, w, at, D: tl.constexpr):
+    """Some columns of rows of a weight, times those of one token."""
+    x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
+    return w.to(tl.float32) * x[None, :]
+
+
+@jit
+def dots(x_ptr, row, begun, live, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The dot products of the first four tokens of x [TOKENS, D] with each of some rows, of which `begun` are the first columns.
+
+    Four values, [BLOCK_J] each: the row is read once for all of them, and those past TOKENS are those of the first.
+    """
     # Products are added up per column and reduced once: no cross-warp sum in the loop.
     at = tl.arange(0, BLOCK_D)
-    x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
-    total = begun.to(tl.float32) * x[None, :]
+    total0 = _products(x_ptr, begun, at, D)
+    total1 = total0
+    total2 = total0
+    total3 = total0
+    if TOKENS > 1:
+        total1 = _products(x_ptr + D, begun, at, D)
+    if TOKENS > 2:
+        total2 = _products(x_ptr + 2 * D, begun, at, D)
+    if TOKENS > 3:
+        total3 = _products(x_ptr + 3 * D, begun, at, D)
     for start in tl.static_range(BLOCK_D, D, BLOCK_D):
         at = start + tl.arange(0, BLOCK_D)
-        x = tl.load(x_ptr + at, mask=at < D, other=0.0).to(tl.float32)
         inside = live[:, None] & (at[None, :] < D)
-        w = tl.load(row + at[None, :], mask=inside, other=0.0).to(tl.float32)
-        total += w * x[None, :]
-    return tl.sum(total, axis=1)
+        w = once(row + at[None, :], inside)
+        total0 += _products(x_ptr, w, at, D)
+        if TOKENS > 1:
+            total1 += _products(x_ptr + D, w, at, D)
+        if TOKENS > 2:
+            total2 += _products(x_ptr + 2 * D, w, at, D)
+        if TOKENS > 3:
+            total3 += _products(x_ptr + 3 * D, w, at, D)
+    y0 = tl.sum(total0, axis=1)
+    y1 = y0
+    y2 = y0
+    y3 = y0
+    if TOKENS > 1:
+        y1 = tl.sum(total1, axis=1)
+    if TOKENS > 2:
+        y2 = tl.sum(total2, axis=1)
+    if TOKENS > 3:
+        y3 = tl.sum(total3, axis=1)
+    return y0, y1, y2, y3
 
 
 @jit
@@ -101,37 +141,43 @@ def _rows_kernel(
     for _ in range(tl.program_id(0) * BLOCK_J, count, step):
         live = slot < count
         row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride  # [BLOCK_J, 1]
-        for token in tl.static_range(TOKENS):
+        for first in tl.static_range(0, TOKENS, 4):
+            x = x_ptr + first * D
             begun = first_columns(row, live, D, BLOCK_D)
-            y = dots(x_ptr + token * D, row, begun, live, D, BLOCK_J, BLOCK_D)
-            if BIAS:
-                y += tl.load(bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
-            y = activate(y, ACTIVATION)
+            ys = dots(x, row, begun, live, D, TOKENS - first, BLOCK_D)
             if GLU:
                 up_row = up_ptr + unit[:, None].to(tl.int64) * up_stride
                 begun = first_columns(up_row, live, D, BLOCK_D)
-                up = dots(x_ptr + token * D, up_row, begun, live, D, BLOCK_J, BLOCK_D)
-                if UP_BIAS:
-                    up += tl.load(up_bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
-                y = y * up
-            if TIMES:
-                times = tl.load(times_ptr + token * n + unit, mask=live, other=0.0)
-                y = y * times.to(tl.float32)
-            tl.store(out_ptr + token * n + slot, y.to(out_ptr.dtype.element_ty), mask=live)
+                ups = dots(x, up_row, begun, live, D, TOKENS - first, BLOCK_D)
+            for token in tl.static_range(TOKENS - first if TOKENS - first < 4 else 4):
+                y = ys[token]
+                if BIAS:
+                    y += tl.load(bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
+                y = activate(y, ACTIVATION)
+                if GLU:
+                    up = ups[token]
+                    if UP_BIAS:
+                        up += tl.load(up_bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
+                    y = y * up
+                if TIMES:
+                    times = tl.load(times_ptr + (first + token) * n + unit, mask=live, other=0.0)
+                    y = y * times.to(tl.float32)
+                out = out_ptr + (first + token) * n + slot
+                tl.store(out, y.to(out_ptr.dtype.element_ty), mask=live)
         slot += step
         unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
 
 
-def row_blocks(d: int) -> dict[str, int]:
+def row_blocks(d: int, tokens: int = 1) -> dict[str, int]:
     """Few rows a program and long steps along them, so that no load waits alone. (H200, d 4096 to 9216)"""
-    # Rows of odd length waste less of a shorter block.
-    block_d = min(2048 if d % 2048 == 0 else 1024, power_of_2(d))
+    # Rows of odd length waste less of a shorter block; the sums of several tokens fill the registers.
+    block_d = min(2048 if d % 2048 == 0 and tokens == 1 else 1024, power_of_2(d))
     return {"BLOCK_J": 2, "BLOCK_D": block_d, "num_warps": 4}
 
 
-def rows_config(n: int, d: int) -> dict[str, int]:
-    """Eight programs a multiprocessor share the live slots."""
-    return {**row_blocks(d), "programs": min(cdiv(n, 2), 8 * PROCESSORS)}
+def rows_config(n: int, d: int, tokens: int = 1) -> dict[str, int]:
+    """Sixteen programs a multiprocessor share the live slots: all that fit on it. (H100, d 4096, half of 14336)"""
+    return {**row_blocks(d, tokens), "programs": min(cdiv(n, 2), 16 * PROCESSORS)}
 
 
 def check_rows(weight: Tensor) -> None:
@@ -158,7 +204,7 @@ def launch_rows(
     up_bias = None if up_bias is None else up_bias.contiguous()
     times = None if times is None else times.contiguous()
     (tokens, d), n = x.shape, weight.shape[0]
-    config = dict(config or rows_config(n, d))
+    config = dict(config or rows_config(n, d, tokens))
     grid = (config.pop("programs"),)
     out = empty(tokens, n, like=x)
     kernel[grid](

@@ -3,8 +3,9 @@
     compact: values [m, n], threshold  ->  index [n] int32, count [] int32
 
 The first `count` entries of `index` are the selected units in ascending order, the rest are 0 (a valid
-unit, never read for its weights). No host sync, no atomics: each program lists its own units, then a
-second launch moves every list to its place. So the same input gives the same list, always.
+unit, never read for its weights). No host sync, no atomics: the same input gives the same list, always. Of values
+that are there each program counts for itself how many units come before its own. Scores that are computed on the
+way (select.py) are listed by segments, and a second launch moves every list to its place.
 (facts: topk of 16k to 49k scores costs as much as the sparse MLP that it serves)
 """
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import cdiv, empty, jit, power_of_2, tl, wrap_triton
+from ._triton import cdiv, empty, jit, power_of_2, tl, wait_for_previous, wrap_triton
 
-SEGMENT = 32  # units that one program lists
-SCATTERED = 1024  # units that one program of the second launch moves
+COMPACTED = 1024  # units that one program of `compact` lists
+SEGMENT = 32  # units that one program of `select` lists
+SCATTERED = 1024  # units that one program of the launch after that moves
 
 
 def compact_reference(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
@@ -46,31 +48,52 @@ def list_segment(keep, unit, local_ptr, counts_ptr, segment, n, SEGMENT: tl.cons
 
 
 @jit
-def _compact_kernel(
-    values_ptr, local_ptr, counts_ptr, threshold, n,
-    TOKENS: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    """Grid: one program a segment."""
-    segment = tl.program_id(0)
-    unit = segment * SEGMENT + tl.arange(0, SEGMENT)
-    # Inductor hands Python floats over as fp64, which would make the comparison one in fp64.
-    limit = tl.full([SEGMENT], threshold, tl.float32)
-    keep = tl.zeros([SEGMENT], dtype=tl.int32)
+def _kept(values_ptr, unit, limit, n, TOKENS: tl.constexpr):
+    """1 for the units above the limit for any token, else 0."""
+    keep = (unit < 0).to(tl.int32)
     for token in tl.static_range(TOKENS):
         value = tl.load(values_ptr + token * n + unit, mask=unit < n, other=0.0).to(tl.float32)
         # "not below", so that NaN is kept
         keep = keep | tl.where(tl.abs(value) <= limit, 0, 1)
-    keep = tl.where(unit < n, keep, 0)
-    list_segment(keep, unit, local_ptr, counts_ptr, segment, n, SEGMENT)
+    return tl.where(unit < n, keep, 0)
+
+
+@jit
+def _compact_kernel(
+    values_ptr, index_ptr, count_ptr, threshold, n,
+    TOKENS: tl.constexpr, BLOCK: tl.constexpr, EVERY: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """Grid: one program for BLOCK units. Each counts all units anew, EVERY a round, so that none waits for another."""
+    wait_for_previous(EARLY)
+    first = tl.program_id(0) * BLOCK
+    # Inductor hands Python floats over as fp64, which would make the comparison one in fp64.
+    limit = tl.full([1], threshold, tl.float32)
+    kept = tl.zeros([EVERY], dtype=tl.int32)
+    earlier = tl.zeros([EVERY], dtype=tl.int32)
+    for turn in tl.static_range(ROUNDS):
+        unit = turn * EVERY + tl.arange(0, EVERY)
+        keep = _kept(values_ptr, unit, limit, n, TOKENS)
+        kept += keep
+        earlier += tl.where(unit < first, keep, 0)
+    total = tl.sum(kept, axis=0)
+
+    unit = first + tl.arange(0, BLOCK)
+    keep = _kept(values_ptr, unit, limit, n, TOKENS)
+    place = tl.sum(earlier, axis=0) + tl.cumsum(keep, axis=0) - keep
+    tl.store(index_ptr + place, unit, mask=keep != 0)
+    tl.store(index_ptr + unit, 0, mask=(unit >= total) & (unit < n))
+    if first == 0:
+        tl.store(count_ptr, total)
 
 
 @jit
 def scatter_kernel(
     local_ptr, counts_ptr, index_ptr, count_ptr, n, segments,
     SEGMENTS: tl.constexpr, SEGMENT: tl.constexpr,
-    GROUP: tl.constexpr,
+    GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program for GROUP segments. Move their lists behind those of all segments before."""
+    wait_for_previous(EARLY)
     first = tl.program_id(0) * GROUP
     every = tl.arange(0, SEGMENTS)
     counts = tl.load(counts_ptr + every, mask=every < segments, other=0)
@@ -92,31 +115,34 @@ def scatter_kernel(
         tl.store(count_ptr, total)
 
 
+def _outputs(like: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """A list of n, and a count of one element: Inductor fills an empty tensor without dims by a launch of its own."""
+    return empty(n, like=like, dtype=torch.int32), empty(1, like=like, dtype=torch.int32)
+
+
 def scatter(kernel, local: Tensor, counts: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Second launch: local lists [segments * SEGMENT] and their counts to one selection."""
+    """Local lists [segments * SEGMENT] and their counts to one selection."""
     segments = counts.numel()
-    index = empty(n, like=local, dtype=torch.int32)
-    # Of one element, then none: Inductor fills an empty tensor without dims by a launch of its own.
-    count = empty(1, like=local, dtype=torch.int32)
+    index, count = _outputs(local, n)
     group = SCATTERED // SEGMENT
     kernel[(cdiv(segments, group),)](
         local, counts, index, count, n, segments,
-        SEGMENTS=power_of_2(segments), SEGMENT=SEGMENT, GROUP=group,
+        SEGMENTS=power_of_2(segments), SEGMENT=SEGMENT, GROUP=group, EARLY=False,
     )  # fmt: skip
     return index, count.view(())
 
 
-def launch_compact(kernels, values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Both launches. `kernels`: (`_compact_kernel`, `scatter_kernel`), wrapped or not."""
+def launch_compact(kernel, values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+    """Launch `_compact_kernel`, wrapped or not."""
     values = values.contiguous()
     tokens, n = values.shape
-    segments = cdiv(n, SEGMENT)
-    local = empty(segments * SEGMENT, like=values, dtype=torch.int32)
-    counts = empty(segments, like=values, dtype=torch.int32)
-    kernels[0][(segments,)](
-        values, local, counts, threshold, n, TOKENS=tokens, SEGMENT=SEGMENT, num_warps=2
-    )
-    return scatter(kernels[1], local, counts, n)
+    index, count = _outputs(values, n)
+    every = min(8192, power_of_2(n))
+    kernel[(cdiv(n, COMPACTED),)](
+        values, index, count, threshold, n, TOKENS=tokens, BLOCK=COMPACTED, EVERY=every,
+        ROUNDS=cdiv(n, every), EARLY=False, num_warps=8,
+    )  # fmt: skip
+    return index, count.view(())
 
 
 def fake_selection(like: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -139,5 +165,4 @@ def compact(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
     """See `compact_reference`."""
     if not values.is_cuda:
         return compact_cpu(values, threshold)
-    kernels = (wrap_triton(_compact_kernel), wrap_triton(scatter_kernel))
-    return launch_compact(kernels, values, threshold)
+    return launch_compact(wrap_triton(_compact_kernel), values, threshold)

@@ -27,8 +27,6 @@ from .site import Projection
 
 ops = torch.ops.dejavu
 
-# Above this many bytes a library GEMM is as near to the bandwidth as anything (facts: H200 numbers).
-LIBRARY_ABOVE = 256 << 20
 # On a CPU the call into C++ takes some 20 us, in which it reads a few hundred KB.
 CPU_FROM = 1 << 20
 
@@ -84,7 +82,7 @@ def _fits(projection: Projection, max_tokens: int) -> bool:
 def _pays(member: _Member) -> bool:
     weight = member.weight.meta["val"]
     num_bytes = weight.numel() * weight.element_size()
-    return num_bytes <= LIBRARY_ABOVE if weight.is_cuda else num_bytes >= CPU_FROM
+    return weight.is_cuda or num_bytes >= CPU_FROM
 
 
 def _shared(member: _Member) -> tuple[object, ...]:

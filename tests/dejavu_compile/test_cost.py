@@ -77,12 +77,14 @@ def test_a_cache_is_read_a_sequence_and_weights_a_batch():
     assert heads.bytes(Policy.PREDICT, density) == pytest.approx(heads.bytes(Policy.DENSE, 1.0))
 
 
-def test_rows_read_once_a_token_cost_as_often():
-    gpu = dataclasses.replace(GATED, row_by_token=True)
-    # Two tokens of 30 % each select 51 % of the units: every selected row is gone through twice
+def test_on_a_gpu_rows_cost_more_for_several_tokens():
+    gpu = dataclasses.replace(GATED, several_cost_more=True)
+    # Two tokens of 30 % each select 51 % of the units
     gathered = 0.51 * GATED.units * GATED.bytes_per_unit
     assert gpu.bytes(Policy.PREDICT, 0.3, tokens=2) == pytest.approx(2 * gathered + 2000)
     assert GATED.bytes(Policy.PREDICT, 0.3, tokens=2) == pytest.approx(gathered + 2000)
     carrier = GATED.units * GATED.carrier_bytes_per_unit
-    assert gpu.bytes(Policy.GATE, 1.0, tokens=2) == pytest.approx(carrier + 4 * carrier)
+    for tokens, times in ((1, 1), (2, 2), (4, 2), (5, 3), (8, 3)):
+        full = gpu.bytes(Policy.GATE, 1.0, tokens)
+        assert full == pytest.approx(carrier + times * 2 * carrier)
     assert gpu.break_even(Policy.PREDICT) == GATED.break_even(Policy.PREDICT)

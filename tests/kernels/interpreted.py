@@ -109,28 +109,25 @@ def assert_close(got, exact, dtype, sums=2e-6):
     assert not error.numel() or error.max() <= (eps + sums) * scale
 
 
-compact_kernels = (SELECTION._compact_kernel, SELECTION.scatter_kernel)
-
-
 def launch_select(source, down, up, bias):
     return SELECT.launch_select(SELECT.select_kernels(source, down, up), source, down, up, bias)
 
 
 @DTYPES
 @TOKENS
-@pytest.mark.parametrize("n", [1, 33, 1000] if not INTERPRETED else [33])
+@pytest.mark.parametrize("n", [33, 2500] if INTERPRETED else [1, 33, 2500, 20000])
 @pytest.mark.parametrize("threshold", [0.0, 1e9])
 def test_compact(n, m, dtype, threshold):
     values = randn(m, n, dtype=dtype)
     values[:, ::4] = 0
-    got = SELECTION.launch_compact(compact_kernels, values, threshold)
+    got = SELECTION.launch_compact(SELECTION._compact_kernel, values, threshold)
     assert_selection(got, compact_reference(values, threshold))
 
 
 def test_compact_keeps_nan():
     values = torch.zeros(2, 100, device=DEVICE)
     values[1, 70] = float("nan")
-    got = SELECTION.launch_compact(compact_kernels, values, 1e30)
+    got = SELECTION.launch_compact(SELECTION._compact_kernel, values, 1e30)
     assert (int(got[1]), int(got[0][0])) == (1, 70)
 
 
@@ -299,7 +296,7 @@ def test_many_units():
     """In the interpreter fewer, but more than one block of everything."""
     n, d = (200 if INTERPRETED else 10000), 63
     x, weight = randn(1, d), randn(n, d)
-    selection = SELECTION.launch_compact(compact_kernels, randn(1, n), 1.0)
+    selection = SELECTION.launch_compact(SELECTION._compact_kernel, randn(1, n), 1.0)
     rows = ROWS.launch_rows(ROWS._rows_kernel, x, weight, None, selection, "relu")
     expected = gathered_rows_reference(x, weight, None, *selection, "relu")
     assert_live(rows, expected, selection, torch.float32)
@@ -441,7 +438,9 @@ FEW = settings(max_examples=6 if INTERPRETED else 8, deadline=None, derandomize=
 @given(CASES, st.booleans())
 def test_selected_rows_and_their_sum_in_any_shape(case, compacted):
     here = case.on(DEVICE)
-    here.check_compact(lambda values, t: SELECTION.launch_compact(compact_kernels, values, t))
+    here.check_compact(
+        lambda values, t: SELECTION.launch_compact(SELECTION._compact_kernel, values, t)
+    )
     here.check_rows(
         lambda x, w, b, chosen, act: ROWS.launch_rows(ROWS._rows_kernel, x, w, b, chosen, act)
     )
