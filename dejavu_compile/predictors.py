@@ -21,7 +21,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.func import functional_call, stack_module_state, vjp, vmap
 
 from .errors import CalibrationError
 
@@ -258,14 +258,13 @@ def _start(site: _Prepared, rank: int, seed: int) -> _Scorer:
     return _Scorer(down.to(site.mean.device), bias)
 
 
-def _loss(scorer: nn.Module, params: dict[str, Tensor], source: Tensor, weight: Tensor) -> Tensor:
-    """Cross entropy of "runs", weighted by the contribution, and "is skipped", weighted by one.
+def _slope(score: Tensor, weight: Tensor) -> Tensor:
+    """The derivative of the loss by the score: a third of the time that differentiating it would take.
 
-    Minimal where score = log E[weight | source].
+    Cross entropy of "runs", weighted by the contribution, and "is skipped", weighted by one:
+    weight * softplus(-score) + softplus(score), minimal where score = log E[weight | source].
     """
-    score = functional_call(scorer, params, (source,))
-    # weight * softplus(-score) + softplus(score), with one softplus
-    return ((1 + weight) * F.softplus(score) - weight * score).sum() / len(source)
+    return (1 + weight) * score.sigmoid() - weight
 
 
 def _descend(
@@ -286,13 +285,15 @@ def _descend(
     rates = {"down": 8 / examples.source_width, "up": 0.5 / rank, "bias": 0.03}
     optimizer = torch.optim.Adam([{"params": [params[k]], "lr": rates[k]} for k in rates])
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    gradients = vmap(grad(partial(_loss, scorers[0])))
+    forward = vmap(partial(functional_call, scorers[0]))
     for step in range(steps):
         rows = torch.randint(examples.tokens, (_BATCH_TOKENS,), generator=generator)
         rows = rows.to(examples.source.device)
         source = torch.stack([site.source(rows) for site in group])
         weight = torch.stack([site.weight(rows) for site in group])
-        for name, gradient in gradients(params, source, weight).items():
+        score, pull_back = vjp(lambda p, x=source: forward(p, (x,)), params)
+        (gradients,) = pull_back(_slope(score, weight) / len(rows))
+        for name, gradient in gradients.items():
             params[name].grad = gradient
         optimizer.step()
         schedule.step()

@@ -17,6 +17,7 @@ from dejavu_compile.predictors import (
     threshold_for_density,
     threshold_for_recall,
 )
+from dejavu_compile.predictors import _slope as slope
 
 WIDTH, UNITS, TRUE_RANK = 24, 64, 4
 
@@ -79,6 +80,15 @@ def test_score_is_the_log_of_the_expected_contribution(fitted):
     torch.testing.assert_close(
         predictor.score(examples.source[:1])[0], mean.log(), atol=0.05, rtol=0.0
     )
+
+
+def test_slope_is_the_derivative_of_the_weighted_cross_entropy():
+    g = torch.Generator().manual_seed(0)
+    score = torch.randn(50, 20, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(50, 20, generator=g, dtype=torch.float64) * 30
+    runs, skipped = score.sigmoid().log(), (-score).sigmoid().log()
+    (derivative,) = torch.autograd.grad(-(weight * runs + skipped).sum(), score)
+    torch.testing.assert_close(slope(score.detach(), weight), derivative)
 
 
 def test_fit_starts_at_what_each_unit_does_on_average():
