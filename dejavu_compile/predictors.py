@@ -193,7 +193,7 @@ class _Prepared:
         return (self.examples.source[rows].float() - self.mean) / self.scale
 
     def weight(self, rows: Tensor | slice) -> Tensor:
-        return self.examples.hidden[rows].float().abs() * self.unit_scale
+        return self.examples.hidden[rows].abs() * self.unit_scale
 
 
 def _check(site: int, examples: SiteExamples, rank: int) -> None:
@@ -264,7 +264,9 @@ def _slope(score: Tensor, weight: Tensor) -> Tensor:
     Cross entropy of "runs", weighted by the contribution, and "is skipped", weighted by one:
     weight * softplus(-score) + softplus(score), minimal where score = log E[weight | source].
     """
-    return (1 + weight) * score.sigmoid() - weight
+    runs = score.sigmoid()
+    # (1 + weight) * runs - weight, in place: these are the largest tensors of a step
+    return runs.addcmul_(runs, weight).sub_(weight)
 
 
 def _descend(
@@ -292,9 +294,9 @@ def _descend(
         source = torch.stack([site.source(rows) for site in group])
         weight = torch.stack([site.weight(rows) for site in group])
         score, pull_back = vjp(lambda p, x=source: forward(p, (x,)), params)
-        (gradients,) = pull_back(_slope(score, weight) / len(rows))
+        (gradients,) = pull_back(_slope(score, weight))
         for name, gradient in gradients.items():
-            params[name].grad = gradient
+            params[name].grad = gradient / len(rows)
         optimizer.step()
         schedule.step()
         progress(step + 1)
