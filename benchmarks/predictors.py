@@ -34,6 +34,7 @@ from dejavu_compile.collect import Recording, collect
 from dejavu_compile.evaluate import Evaluation, Tally, log_probabilities, predicted
 from dejavu_compile.passes.site import SiteKind
 from dejavu_compile.predictors import (
+    SCALE_FLOOR,
     SiteExamples,
     contribution_cutoff,
     fit_predictors,
@@ -47,7 +48,7 @@ DENSITIES = {"relu": (0.1, 0.2, 0.3), "silu": (0.3, 0.4, 0.5)}
 BUDGET = 0.05
 BATCH_TOKENS = 512
 UNROUNDED = 32
-CONTENDERS = 4
+CONTENDERS = 2
 GRADIENT_WINDOWS = 48
 
 
@@ -68,6 +69,7 @@ class Variant:
     aware: bool = False  # of rounding, while it is fitted
     ranks: str = "equal"  # uneven: where a rank lowers the loss most
     threshold: str = "shared"  # layer: one each; token: the same number of units for each token
+    floor: float = SCALE_FLOOR  # of a source channel's deviation, as a share of the median
     refill: bool = False  # skipped units count as their mean where they are skipped
 
     @property
@@ -79,6 +81,8 @@ class Variant:
 VARIANTS = (
     Variant("default"),
     Variant("not rounded", bits=UNROUNDED),
+    Variant("no floor", floor=1e-6),
+    Variant("no floor, not rounded", floor=1e-6, bits=UNROUNDED),
     Variant("bf16", bits=16),
     Variant("int4", bits=4),
     Variant("int8, aware", aware=True),
@@ -93,11 +97,10 @@ VARIANTS = (
     Variant("same layer's input", ahead=0),
     Variant("two layers ahead", ahead=2),
     Variant("uneven ranks", ranks="uneven"),
-    Variant("2000 steps", steps=2000),
+    Variant("1000 steps", steps=1000),
     Variant("threshold of each layer", threshold="layer"),
     Variant("units of each token", threshold="token"),
     Variant("mean of what is skipped", refill=True),
-    Variant("regression, fisher", start="regression", norm="fisher"),
 )
 
 BETWEEN: dict[str, Callable[[Tensor], Tensor]] = {
@@ -293,7 +296,8 @@ class _Start(nn.Module):
     ) -> None:
         super().__init__()
         sample = site.source[::8]
-        mean, scale = sample.mean(0), sample.std(0).clamp(min=1e-6)
+        mean, scale = sample.mean(0), sample.std(0)
+        scale = scale.clamp(min=variant.floor * scale.median())
         target = labels(site, slice(None, None, 8), variant.label)
         down = torch.randn(rank, site.source_width, generator=torch.Generator().manual_seed(seed))
         down, up = down / math.sqrt(site.source_width), torch.zeros(site.units, rank)
@@ -386,10 +390,12 @@ def descend(
 
 def _folded(p: dict[str, Tensor], start: _Start, variant: Variant) -> Scorer:
     """The standardisation moved into the weights."""
-    down = p["down"] / start.scale
+    down, up = p["down"] / start.scale, p["up"]
+    if variant.aware:  # the bias was fitted to the rounded ones
+        down, up = rounded_pair(down, up, variant.bits)
     if "middle" in p:
-        return Scorer(down, p["up"], p["bias"], p["middle"] - down @ start.mean, variant.between)
-    return Scorer(down, p["up"], p["bias"] - p["up"] @ (down @ start.mean))
+        return Scorer(down, up, p["bias"], p["middle"] - down @ start.mean, variant.between)
+    return Scorer(down, up, p["bias"] - up @ (down @ start.mean))
 
 
 def fit(
@@ -404,11 +410,12 @@ def fit(
     aware = variant.bits if variant.aware else None
     key = (
         variant.label, variant.norm, variant.start, variant.between, variant.ahead, variant.steps,
-        aware, tuple(ranks), seed,
+        variant.floor, aware, tuple(ranks), seed,
     )  # fmt: skip
     if key not in study.fits:
         ours = variant.label in ("contribution", "energy") and variant.start == "random"
-        if ours and variant.between == "nothing" and not variant.aware:
+        ours = ours and variant.between == "nothing" and variant.floor == SCALE_FLOOR
+        if ours and not variant.aware:
             fitted = fit_predictors(
                 [study.examples(layer, variant) for layer in layers],
                 ranks,
@@ -429,7 +436,7 @@ def uneven_ranks(study: Study, seed: int, step: int = 16) -> list[int]:
     for layer, scorer in enumerate(wide, start=1):
         site = study.examples(layer, default, choice=True)
         target = labels(site, slice(None), "contribution")
-        spread = study.examples(layer, default).source[::8].std(0)
+        spread = study.examples(layer, default).source[::8].std(0).clamp(min=1e-6)
         u, s, v = torch.linalg.svd(scorer.up @ (scorer.down * spread), full_matrices=False)
         losses.append({})
         for rank in range(step, most + 1, step):

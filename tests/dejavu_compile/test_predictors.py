@@ -145,6 +145,17 @@ def test_quantized_predictor_scores_as_the_fp32_one_does(fitted):
     assert ((exact > threshold) != (rounded > threshold)).float().mean() < 0.03
 
 
+def test_channels_that_hardly_move_do_not_cost_the_others_their_precision():
+    """What int8 does to the scores must not depend on how quiet the quietest channels are."""
+    site = planted(0)
+    quiet = torch.logspace(0, -6, 8) * 1e-2
+    source = torch.cat([site.source[:, :16], site.source[:, 16:] * quiet], dim=1)
+    site = SiteExamples(source, site.hidden, site.column_norm)
+    predictor = fit_predictors([site], [8], seed=0, steps=100)[0]
+    exact, rounded = (p.score(source) for p in (predictor, predictor.quantized()))
+    assert (rounded - exact).norm() < 0.1 * (exact - exact.mean()).norm()
+
+
 def test_quantized_weights_are_the_fp32_ones_to_half_a_step(fitted):
     """With the row scales of `down` moved into `up`, the product is that of the rounded matrices."""
     predictor, _ = fitted
