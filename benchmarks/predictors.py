@@ -34,7 +34,7 @@ from dejavu_compile.collect import Recording, collect
 from dejavu_compile.evaluate import Evaluation, Tally, log_probabilities, predicted
 from dejavu_compile.passes.site import SiteKind
 from dejavu_compile.predictors import (
-    SCALE_FLOOR,
+    QUIET,
     SiteExamples,
     contribution_cutoff,
     fit_predictors,
@@ -69,7 +69,9 @@ class Variant:
     aware: bool = False  # of rounding, while it is fitted
     ranks: str = "equal"  # uneven: where a rank lowers the loss most
     threshold: str = "shared"  # layer: one each; token: the same number of units for each token
-    floor: float = SCALE_FLOOR  # of a source channel's deviation, as a share of the median
+    quiet: float = (
+        QUIET  # source channels that deviate less, as a share of the median, are ignored
+    )
     refill: bool = False  # skipped units count as their mean where they are skipped
 
     @property
@@ -81,8 +83,8 @@ class Variant:
 VARIANTS = (
     Variant("default"),
     Variant("not rounded", bits=UNROUNDED),
-    Variant("no floor", floor=1e-6),
-    Variant("no floor, not rounded", floor=1e-6, bits=UNROUNDED),
+    Variant("quiet channels", quiet=1e-6),
+    Variant("quiet channels, not rounded", quiet=1e-6, bits=UNROUNDED),
     Variant("bf16", bits=16),
     Variant("int4", bits=4),
     Variant("int8, aware", aware=True),
@@ -297,7 +299,7 @@ class _Start(nn.Module):
         super().__init__()
         sample = site.source[::8]
         mean, scale = sample.mean(0), sample.std(0)
-        scale = scale.clamp(min=variant.floor * scale.median())
+        scale = torch.where(scale > variant.quiet * scale.median(), scale, torch.inf)
         target = labels(site, slice(None, None, 8), variant.label)
         down = torch.randn(rank, site.source_width, generator=torch.Generator().manual_seed(seed))
         down, up = down / math.sqrt(site.source_width), torch.zeros(site.units, rank)
@@ -368,7 +370,7 @@ def descend(
         down, up = p["down"], p["up"]
         if variant.aware:
             down, up = rounded_pair(down / scale, up, variant.bits)
-            down = down * scale
+            down = down * scale.nan_to_num(posinf=0.0)
         return Scorer(down, up, p["bias"], p.get("middle"), variant.between)(source)
 
     for _ in range(variant.steps):
@@ -410,11 +412,11 @@ def fit(
     aware = variant.bits if variant.aware else None
     key = (
         variant.label, variant.norm, variant.start, variant.between, variant.ahead, variant.steps,
-        variant.floor, aware, tuple(ranks), seed,
+        variant.quiet, aware, tuple(ranks), seed,
     )  # fmt: skip
     if key not in study.fits:
         ours = variant.label in ("contribution", "energy") and variant.start == "random"
-        ours = ours and variant.between == "nothing" and variant.floor == SCALE_FLOOR
+        ours = ours and variant.between == "nothing" and variant.quiet == QUIET
         if ours and not variant.aware:
             fitted = fit_predictors(
                 [study.examples(layer, variant) for layer in layers],

@@ -146,14 +146,15 @@ def test_quantized_predictor_scores_as_the_fp32_one_does(fitted):
 
 
 def test_channels_that_hardly_move_do_not_cost_the_others_their_precision():
-    """What int8 does to the scores must not depend on how quiet the quietest channels are."""
-    site = planted(0)
-    quiet = torch.logspace(0, -6, 8) * 1e-2
-    source = torch.cat([site.source[:, :16], site.source[:, 16:] * quiet], dim=1)
-    site = SiteExamples(source, site.hidden, site.column_norm)
-    predictor = fit_predictors([site], [8], seed=0, steps=100)[0]
-    exact, rounded = (p.score(source) for p in (predictor, predictor.quantized()))
-    assert (rounded - exact).norm() < 0.1 * (exact - exact.mean()).norm()
+    """Beside channels with all that is to know, seven of noise, a thousand times quieter."""
+    site, g = planted(0), torch.Generator().manual_seed(1)
+    noise = torch.randn(site.tokens, 7, generator=g) * 1e-3
+    with_noise = SiteExamples(torch.cat([site.source, noise], 1), site.hidden, site.column_norm)
+    predictor = fit_predictors([with_noise], [8], seed=0, steps=300)[0]
+    assert predictor.down[:, -7:].eq(0).all()
+    assert predictor.down[:, :-7].ne(0).all()
+    exact, rounded = (p.score(with_noise.source) for p in (predictor, predictor.quantized()))
+    assert (rounded - exact).norm() < 0.2 * (exact - exact.mean()).norm()
 
 
 def test_quantized_weights_are_the_fp32_ones_to_half_a_step(fitted):
