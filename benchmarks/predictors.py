@@ -13,6 +13,7 @@ ran on the held-out text. Prints one table last and writes JSON.
 """
 
 import argparse
+import json
 import math
 import statistics
 import time
@@ -304,7 +305,8 @@ class _Start(nn.Module):
         down = torch.randn(rank, site.source_width, generator=torch.Generator().manual_seed(seed))
         down, up = down / math.sqrt(site.source_width), torch.zeros(site.units, rank)
         if variant.start == "svd":
-            into = mlps(study.model)[layer].into[0].detach().float() * scale
+            into = mlps(study.model)[layer].into[0].detach().float()
+            into = into * scale.nan_to_num(posinf=0.0)
             u, s, v = torch.linalg.svd(into, full_matrices=False)
             down, up = v[:rank], u[:, :rank] * s[:rank]
             up = up / ((sample - mean) / scale @ down.T @ up.T).std()
@@ -631,30 +633,31 @@ def table(results: list[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(r["name"] for r in results))
     runs = {name: [r for r in results if r["name"] == name] for name in names}
 
-    def shown(values: list[float], form: str, unit: float = 100) -> str:
-        half = (max(values) - min(values)) / 2 * unit
-        spread = f" ±{half:{'.2f' if unit == 100 else form}}" if len(values) > 1 else ""
+    def shown(values: list[float], form: str) -> str:
+        unit = 100 if form.endswith("%") else 1
+        half = f"{(max(values) - min(values)) / 2 * unit:{form.strip('+%f')}f}"
+        spread = f" ± {half}" if len(values) > 1 else ""
         return f"{statistics.fmean(values):{form}}{spread}"
 
-    order = sorted(names, key=lambda n: statistics.fmean(r["choice"] for r in runs[n]))
     densities = [row["density"] for row in results[0]["rows"]]
     head = ["variant", "seeds", "bytes", "KL, choice", "KL, held out"]
     for density in densities:
-        head += [f"ran ({density:.0%})", "perplexity", "top-1", "recall: norm", "active"]
+        head += [f"perplexity at {density:.0%}", "ran", "top-1"]
+    head += [f"recall at {densities[0]:.0%}: norm", "active"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in order:
-        of, cells = runs[name], [name, str(len(runs[name]))]
-        cells.append(f"{of[0]['share_of_bytes']:.1%}")
-        cells += [shown([r[key] for r in of], ".4f", 1) for key in ("choice", "held_out")]
+    for name in sorted(names, key=lambda n: statistics.fmean(r["choice"] for r in runs[n])):
+        of = runs[name]
+        cells = [name, str(len(of)), f"{of[0]['share_of_bytes']:.1%}"]
+        cells += [shown([r[key] for r in of], ".4f") for key in ("choice", "held_out")]
+
+        def over_seeds(i: int, key: str, form: str, of: list = of) -> str:
+            return shown([r["rows"][i][key] for r in of], form)
+
         for i in range(len(densities)):
-            at = [r["rows"][i] for r in of]
-            cells += [
-                shown([row[key] for row in at], form)
-                for key, form in (
-                    ("measured_density", ".1%"), ("perplexity_increase", "+.2%"),
-                    ("top1_agreement", ".2%"), ("recall_contribution", ".1%"), ("recall_active", ".1%"),
-                )
-            ]  # fmt: skip
+            cells.append(over_seeds(i, "perplexity_increase", "+.2%"))
+            cells.append(over_seeds(i, "measured_density", ".1%"))
+            cells.append(over_seeds(i, "top1_agreement", ".2%"))
+        cells += [over_seeds(0, f"recall_{what}", ".1%") for what in ("contribution", "active")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -667,26 +670,37 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--windows", type=int, default=192, help="of 512 tokens, to fit on")
     parser.add_argument("--choice-windows", type=int, default=8)
-    parser.add_argument("--held-out-windows", type=int, default=16)
+    parser.add_argument("--held-out-windows", type=int, default=12)
     parser.add_argument(
         "--out", type=Path, help="default: predictors-MODEL.json among the results"
     )
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds already")
+    parser.add_argument("--table", type=Path, help="a JSON: print its table, run nothing")
     args = parser.parse_args()
+    if args.table:
+        print(table(json.loads(args.table.read_text(encoding="utf-8"))["variants"]))
+        return
     out = args.out or ROOT / f"benchmarks/results/predictors-{args.model.name}.json"
     print(environment(), flush=True)
     study = prepare(args.model, 0, args.windows, args.choice_windows, args.held_out_windows)
+    sizes = [args.windows, args.choice_windows, args.held_out_windows]
     results: list[dict[str, Any]] = []
+    if args.resume and out.exists():
+        before = json.loads(out.read_text(encoding="utf-8"))
+        results = before["variants"] if before["windows"] == sizes else []
 
     def add(variant: Variant, seed: int) -> None:
-        results.append(measure(study, variant, seed))
-        result, sizes = results[-1], (args.windows, args.choice_windows, args.held_out_windows)
+        if any((r["name"], r["seed"]) == (variant.name, seed) for r in results):
+            return
+        result = measure(study, variant, seed)
+        results.append(result)
         write(out, {"model": args.model.name, "windows": sizes, "variants": results})
         increases = ", ".join(f"{row['perplexity_increase']:+.2%}" for row in result["rows"])
         print(
-            f"{variant.name:<24} seed {seed}: KL {result['choice']:.5f} (held out {result['held_out']:.5f}), "
-            f"perplexity {increases}, "
-            f"fitted in {result['fit_s']:.0f} s", flush=True,
-        )  # fmt: skip
+            f"{variant.name:<28} seed {seed}: KL {result['choice']:.5f} (held out "
+            f"{result['held_out']:.5f}), perplexity {increases}, fitted in {result['fit_s']:.0f} s",
+            flush=True,
+        )
 
     chosen = [v for v in VARIANTS if not args.only or v.name in args.only]
     for variant in chosen:
