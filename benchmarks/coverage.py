@@ -5,7 +5,9 @@
 For each model type a small random decoder generates 8 tokens, eager and compiled, with nothing attached and
 then with random units and heads selected at every site that was found; the oracle of the second is the eager
 model with the others zeroed by hooks. What should have been found is counted on the eager model too: calls
-of softmax attention, and projections from another width back to the residual stream's. Writes docs/coverage.md and
+of softmax attention of a step, and projections from another width back to the residual stream's. What was found is
+read off the graphs that the compiled model's steps ran: an attention that is in no site has the reason that `dv.explain`
+gives, or was captured and is dead code, or was in no graph at all. Writes docs/coverage.md and
 benchmarks/results/coverage.json. Each type is a process of its own: one that crashes ends nothing else.
 """
 
@@ -18,6 +20,7 @@ import re
 import sys
 import time
 from collections import Counter
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -26,15 +29,15 @@ ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "coverage.json"
 PAGE = ROOT / "docs" / "coverage.md"
 NEW_TOKENS, PROMPT, LAYERS = 8, 9, 2
-LIMIT_S = 400
+LIMIT_S = 900
 TOLERANCE = 1e-4
 CONTEXT = multiprocessing.get_context("forkserver")
 
 WIDTH, HEADS, MLP = 64, 4, 176
 # What a small decoder sets, under every name that a config may have for it
 SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "embedding_size",
-                     "word_embed_proj_dim", "attention_hidden_size", "lru_width"), WIDTH),
+    **dict.fromkeys(("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "emb_dim",
+                     "embedding_size", "word_embed_proj_dim", "attention_hidden_size", "lru_width"), WIDTH),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers",
                      "encoder_layers", "num_decoder_layers", "num_encoder_layers"), LAYERS),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
@@ -134,6 +137,7 @@ class Counting:
         import torch.nn.functional as F
         from torch.overrides import TorchFunctionMode
 
+        softmaxes = _softmaxes()
         names = {id(p): n for n, p in model.named_parameters()}
         self.attentions, self.mlps = 0, set()
         outer = self
@@ -142,7 +146,7 @@ class Counting:
             def __torch_function__(self, func, types, args=(), kwargs=None):
                 if func is F.scaled_dot_product_attention:
                     outer.attentions += 1
-                elif func in (F.softmax, torch.softmax, torch.Tensor.softmax):
+                elif func in softmaxes:
                     outer.attentions += args[0].dim() >= 3 and args[0].shape[-1] > PROMPT
                 elif func in (
                     F.linear,
@@ -160,6 +164,45 @@ class Counting:
                 return func(*args, **(kwargs or {}))
 
         self.mode = Mode()
+
+
+def _softmaxes() -> tuple[Any, ...]:
+    """A softmax, in eager code or in a graph of Dynamo's."""
+    import torch
+    import torch.nn.functional as F
+
+    return F.softmax, torch.softmax, torch.Tensor.softmax, "softmax"
+
+
+def captured(gm: Any) -> tuple[int, int]:
+    """Calls of softmax attention in a graph of Dynamo's, which may have been made for the prompt; and those unread."""
+    import torch.nn.functional as F
+
+    softmaxes, found = _softmaxes(), []
+    for node in gm.graph.nodes:
+        if node.target is F.scaled_dot_product_attention:
+            found.append(node)
+        elif node.target in softmaxes:
+            shape = node.meta["example_value"].shape
+            length = shape[-1] if isinstance(shape[-1], int) else shape[-1].node.hint
+            if len(shape) >= 3 and length >= PROMPT:
+                found.append(node)
+    return len(found), sum(not _is_read(node) for node in found)
+
+
+def _is_read(node: Any) -> bool:
+    """It reaches what the graph returns, or something that is written in place."""
+    seen, pending = set(), [node]
+    while pending:
+        node = pending.pop()
+        if node.op == "output" or str(getattr(node.target, "__name__", node.target)).endswith(
+            ("_", "setitem")
+        ):
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.users)
+    return False
 
 
 def generate(model: Any) -> Any:
@@ -225,85 +268,123 @@ def count(model: Any) -> Counting:
     return seen[1]
 
 
+@dataclass(frozen=True)
+class Ran:
+    """One run of a graph: what was found in it, what it calls the model's parameters, and `captured` of it."""
+
+    found: Any
+    names: dict[str, str]
+    captured: int
+    unread: int
+
+    def named(self, name: str) -> str:
+        """A parameter's name in the model."""
+        return self.names.get(name, name)
+
+
+class Running:
+    """A backend, and the graphs that each call of the model ran."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.calls = model, []
+
+    def __call__(self, gm: Any, inputs: Any) -> Any:
+        """`dejavu_eager`, noting each run."""
+        from dejavu_compile._compat import guard_identity, names_in
+
+        backend, prepared = sys.modules["dejavu_compile.backend"], []
+        prepare, counted = backend.prepare, captured(gm)
+        backend.prepare = lambda *args: prepared.append(prepare(*args)) or prepared[-1]
+        try:
+            compiled = backend.dejavu_eager(gm, inputs)
+        finally:
+            backend.prepare = prepare
+        (done,) = prepared
+        for site in done.found.sites:  # layers that are alike may be one graph: see each
+            guard_identity(site.output.weight)
+
+        def run(*args: Any) -> Any:
+            self.calls[-1].append(Ran(done.found, names_in(self.model, gm, args), *counted))
+            return compiled(*args)
+
+        return run
+
+    def generate(self) -> Any:
+        """Compiled; `calls` then holds the prompt's and each step's."""
+        import torch
+
+        from dejavu_compile._compat import recompile_limit
+
+        forward, self.calls = self.model.forward, []
+        handle = self.model.register_forward_pre_hook(lambda *_: self.calls.append([]))
+        try:
+            self.model.forward = torch.compile(forward, backend=self)
+            with recompile_limit(64):
+                return generate(self.model)
+        finally:
+            self.model.forward = forward
+            handle.remove()
+
+
 def lossless(model: Any, want: Any, expected: Counting) -> dict[str, Any]:
     """Compiled with nothing attached; and which sites were found."""
     import torch
     from torch._dynamo.utils import counters
 
-    from dejavu_compile._compat import guard_identity, names_in, recompile_limit
-
-    backend, prepared = sys.modules["dejavu_compile.backend"], []
-    run = backend.prepare
-
-    def spy(gm: Any, inputs: Any, options: Any) -> Any:
-        done = run(gm, inputs, options)
-        prepared.append((done.found, names_in(model, gm, inputs)))
-        for site in done.found.sites:  # layers that are alike may be one graph: count each
-            guard_identity(site.output.weight)
-        return done
-
-    forward = model.forward
-    backend.prepare = spy
     counters.clear()
-    try:
-        model.forward = torch.compile(forward, backend="dejavu_eager")
-        with recompile_limit(64):
-            got = generate(model)
-    finally:
-        model.forward, backend.prepare = forward, run
+    running = Running(model)
+    got = running.generate()
+    breaks = dict(counters["graph_break"])
     error = difference(got, want)
     if error > TOLERANCE:  # is it us, or what the model does when it is captured?
         torch.compiler.reset()
+        forward = model.forward
         try:
             model.forward = torch.compile(forward, backend="eager")
             error = difference(got, generate(model))
         finally:
             model.forward = forward
-    steps = _steps(prepared)
-    named = {names.get(s.name, s.name): (s, names) for found, names in steps for s in found.sites}
+    steps = running.calls[1:]
+    ran = [run for step in steps for run in step]
+    named = {run.named(s.name): (s, run.names) for run in ran for s in run.found.sites}
     sites = {name: site for name, (site, _) in named.items()}
-    reasons = {
-        names.get(u.projection.name, u.projection.name): u.reason
-        for found, names in steps
-        for u in found.unmatched
-    }
-    # A layer may run several times a step; a graph may have been made several times.
+    reasons = {run.named(u.projection.name): u.reason for run in ran for u in run.found.unmatched}
+    # A layer may run several times a step.
     times = Counter()
-    for found, names in steps:
-        times |= Counter(names.get(site.name, site.name) for site in found.sites)
-    kinds = Counter()
-    for name, site in sites.items():
-        kinds[str(site.kind)] += times[name] * max(1, len(site.cores))
+    for step in steps:
+        times |= Counter(run.named(site.name) for run in step for site in run.found.sites)
     return {
         "error_lossless": error,
         "error_of_capture": difference(got, want),
-        "graph_breaks": sum(counters["graph_break"].values()),
-        "break_reason": next(iter(counters["graph_break"]), "")[:160].splitlines()[:1],
-        "sites_mlp": kinds["mlp"],
-        "sites_attention": kinds["attention"],
+        "graph_breaks": sum(breaks.values()),
+        "break_reason": next(iter(breaks), "")[:160].splitlines()[:1],
+        # What attention's own width goes back from is no MLP.
+        "mlps": sum(n not in sites or sites[n].kind == "mlp" for n in expected.mlps),
+        "sites_mlp": sum(site.kind == "mlp" for site in sites.values()),
+        **_attentions(steps[-1], expected.attentions),
         "exact": sum(s.exact is not None for s in sites.values()),
         "missed_mlps": {
             n: reasons.get(n, "not in the graph") for n in sorted(expected.mlps - set(sites))
-        },
-        "unmatched_attention": {
-            n: r for n, r in reasons.items() if "attention" in r or "head" in r
         },
         "times_a_step": max(times.values(), default=1),
         "_sites": named,
     }
 
 
-def _steps(prepared: list[Any]) -> list[Any]:
-    """What was found in the graphs of decode steps; where there are none, in all (a model with no cache)."""
-    return [(found, names) for found, names in prepared if _is_step(found)] or prepared
-
-
-def _is_step(found: Any) -> bool:
-    """Most projections of the graph read one token (an expert's may read none)."""
-    projections = [s.output for s in found.sites] + [u.projection for u in found.unmatched]
-    inputs = [p.input.meta["val"].shape[:-1] for p in projections]
-    ones = sum(all(isinstance(s, int) and s == 1 for s in shape) for shape in inputs)
-    return ones > len(inputs) / 2
+def _attentions(step: list[Ran], expected: int) -> dict[str, Any]:
+    """Of the attentions that one step calls, how many are in sites, and why the others aren't."""
+    held = sum(len({n for s in run.found.sites for n in s.attended}) for run in step)
+    lone = Counter(_general(found.reason) for run in step for found in run.found.lone)
+    rest = max(0, expected - held - lone.total())
+    inside = sum(run.captured - run.unread for run in step) - held - lone.total()
+    for reason, number in (
+        ("nothing reads what it computes", sum(run.unread for run in step)),
+        ("its softmax isn't between products that the analysis can read", inside),
+        ("Dynamo captured it in no graph", rest),
+    ):
+        lone[reason] = max(0, min(rest, number))
+        rest -= lone[reason]
+    return {"sites_attention": held, "lone_attention": dict(+lone)}
 
 
 def sparse(model: Any, dense: Any, sites: dict[str, tuple[Any, dict]]) -> dict[str, Any]:
@@ -333,6 +414,8 @@ def sparse(model: Any, dense: Any, sites: dict[str, tuple[Any, dict]]) -> dict[s
     want = generate(model)
     for handle in handles:
         handle.remove()
+    if not fired:  # each of its steps is the whole text again, which is dense as a prompt is
+        return {"sites_sparse": 0}
     torch.compiler.reset()
     forward = model.forward
     try:
@@ -452,8 +535,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"{len(right)} give eager's logits when compiled (within {TOLERANCE:g}, relative).",
         f"- {len(sparse_right)} of {len(sparse_ran)} with predicted sites equal the eager model with the other "
         "units zeroed.",
-        f"- Found: {mlps - missed} of {mlps} MLPs ({1 - missed / mlps:.1%}), {found} of {attentions} calls of "
-        f"softmax attention ({found / attentions:.1%}). State spaces, linear attention and maps of embeddings "
+        f"- Found: {mlps - missed} of {mlps} MLPs ({_share(mlps - missed, mlps)}), {found} of {attentions} calls of "
+        f"softmax attention ({_share(found, attentions)}). State spaces, linear attention and maps of embeddings "
         "are told apart by the names of their modules.",
         "", "| model type | graph breaks | MLPs | attention | lossless | sparse | what was missed, and why |",
         "|---|---|---|---|---|---|---|",
@@ -478,6 +561,10 @@ def _missed_mlps(row: dict[str, Any]) -> list[str]:
     return [name for name in row["missed_mlps"] if not OTHER_STRUCTURE.search(name)]
 
 
+def _share(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "none there"
+
+
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
@@ -485,9 +572,10 @@ def _figure(value: float | None) -> str:
 def _why(row: dict[str, Any]) -> str:
     """The reasons of what was missed, each once, with how often; and an error."""
     reasons = list(row.get("missed_mlps", {}).values())
+    counted = Counter(_general(r) for r in reasons)
     if row.get("sites_attention", 0) < row["attentions"]:
-        reasons += row.get("unmatched_attention", {}).values()
-    said = [f"{text} ({times})" for text, times in Counter(_general(r) for r in reasons).items()]
+        counted.update(row.get("lone_attention", {}))
+    said = [f"{text} ({times})" for text, times in counted.items()]
     return "; ".join([*said, *([row["error"]] if "error" in row else [])])
 
 

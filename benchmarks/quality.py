@@ -9,9 +9,16 @@ are attention heads, the oracle ranks them by the norm of their contribution aft
 keeps in each layer those above the quantile that the density asks for. The predictors are asked for what makes them
 run at that density, counted by hooks: what they read there is no longer what dense layers give. Prints one table and
 writes JSON; the predictors' layers are all but the first.
+
+    python benchmarks/quality.py --model build/decoders/opt-python-107m --text build/decoders --existence --budgets 0.005 0.01 0.02
+
+--existence adds the two-pass check with the best units, the same ones for every token, and random ones, in all layers;
+--budgets what `dv.calibrate` chooses for itself within a budget of perplexity, and what it then loses on the text
+held out.
 """
 
 import argparse
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +37,7 @@ from dejavu_compile.text import windows
 
 ROOT = Path(__file__).parents[1]
 HEAD_DENSITIES = (0.5, 0.67, 0.84, 1.0)
+EXISTENCE_BATCHES = 4
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 
@@ -176,10 +184,14 @@ def prepared(
     args: argparse.Namespace,
 ) -> tuple[nn.Module, list[torch.Tensor], list[torch.Tensor]]:
     """The model, the text to calibrate on, and the text held out."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval()
-    text = windows(tokenizer, ROOT / "demo/text/calibration.txt", limit=args.calibration_windows)
-    return model, text, windows(tokenizer, ROOT / "demo/text/heldout.txt", limit=args.windows)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().to(device)
+    texts = (
+        windows(tokenizer, args.text / f"{name}.txt", limit=limit)
+        for name, limit in (("calibration", args.calibration_windows), ("heldout", args.windows))
+    )
+    return model, *([batch.to(device) for batch in text] for text in texts)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -197,17 +209,51 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         model, check_batches(model, held_out), max_tokens=10**9, progress=lambda *_: None,
         kinds=(SiteKind.MLP,),
     )  # fmt: skip
+    seconds = {}
     for policy in args.policies:
+        started = time.monotonic()
         calibration = dv.calibrate(model, text, policy=policy, density=0.5, progress=False)
-        for density in DENSITIES:
+        seconds[policy] = time.monotonic() - started
+        for density in args.densities:
             candidate = calibration.at_density(density)
             candidate.attach(model)
-            actual = remeasured(candidate, seen, share=1.0).thresholded_density
-            add(policy, density, actual, evaluate(model, held_out))
+            measured = remeasured(candidate, seen, share=1.0)
+            add(policy, density, measured.thresholded_density, evaluate(model, held_out))
+            rows[-1]["recall"] = _recall(measured)
     dv.detach(model)
-    for density in DENSITIES:
+    for density in args.densities:
         add("oracle", density, density, oracle(model, held_out, density, first=1))
-    return {"model": Path(args.model).name, "windows": args.windows, "rows": rows}
+    result = {"model": Path(args.model).name, "parameters": model.num_parameters(),
+              "windows": args.windows, "calibration_s": seconds, "rows": rows}  # fmt: skip
+    if args.budgets:
+        result["budgets"] = [within(model, text, held_out, budget) for budget in args.budgets]
+    if args.existence:
+        checked = dv.verify(model, held_out[:EXISTENCE_BATCHES], args.densities, progress=False)
+        print(checked, flush=True)
+        checked.plot(args.out.with_suffix(".png"))
+        result["existence"] = checked.to_dict()
+    return result
+
+
+def _recall(calibration: Any) -> float:
+    """The share of the contributions that the selected units make, mean over the sites with a predictor."""
+    recalls = [s.recall for s in calibration.sites if s.predictor is not None]
+    return sum(recalls) / len(recalls) if recalls else float("nan")
+
+
+def within(
+    model: nn.Module, text: list[torch.Tensor], held_out: list[torch.Tensor], budget: float
+) -> dict[str, Any]:
+    """What `calibrate` chooses within a budget, how long it takes, and what that loses on the text held out."""
+    started = time.monotonic()
+    chosen = dv.calibrate(model, text, max_ppl_increase=budget, progress=False)
+    seconds = time.monotonic() - started
+    row = {"budget": budget, "seconds": seconds, "density": chosen.density,
+           "head_density": chosen.head_density, "measured": chosen.thresholded_density,
+           "on_calibration_text": chosen.quality.to_dict(), **evaluate(model, held_out).to_dict()}  # fmt: skip
+    dv.detach(model)
+    print(f"budget {budget:.2%}: {row}", flush=True)
+    return row
 
 
 def main() -> None:
@@ -217,14 +263,27 @@ def main() -> None:
     parser.add_argument("--policies", nargs="*", default=["predict"])
     parser.add_argument("--heads", action="store_true", help="attention heads instead of MLPs")
     parser.add_argument("--mlp-density", type=float, default=0.25, help="of --heads' second curve")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        default=ROOT / "demo/text",
+        help="a folder with calibration.txt and heldout.txt",
+    )
+    parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
+    parser.add_argument(
+        "--existence", action="store_true", help="static and random units too, and a picture"
+    )
+    parser.add_argument(
+        "--budgets", type=float, nargs="*", default=[], help="of perplexity: 0.01 is 1 %%"
+    )
     parser.add_argument("--windows", type=int, default=48)
     parser.add_argument("--calibration-windows", type=int, default=320)
     parser.add_argument("--out", type=Path, help="default: quality-MODEL.json among the results")
     args = parser.parse_args()
     print(environment(), flush=True)
     kind = "heads-" if args.heads else ""
-    out = args.out or ROOT / f"benchmarks/results/quality-{kind}{args.model.name}.json"
-    write(out, run_heads(args) if args.heads else run(args))
+    args.out = args.out or ROOT / f"benchmarks/results/quality-{kind}{args.model.name}.json"
+    write(args.out, run_heads(args) if args.heads else run(args))
 
 
 if __name__ == "__main__":

@@ -14,9 +14,11 @@ from .errors import (
     ArtifactMismatchError,
     CalibrationError,
     DejavuError,
+    DiskFullError,
     InternalError,
     ModelStateError,
     OptionError,
+    WorkdirError,
 )
 from .evaluate import Evaluation, evaluate
 from .explain import Report, SiteReport, explain
@@ -30,6 +32,7 @@ __all__ = [
     "Calibration",
     "CalibrationError",
     "DejavuError",
+    "DiskFullError",
     "Evaluation",
     "InternalError",
     "ModelStateError",
@@ -37,6 +40,7 @@ __all__ = [
     "Report",
     "SiteReport",
     "Verification",
+    "WorkdirError",
     "calibrate",
     "dejavu",
     "dejavu_eager",

@@ -26,6 +26,7 @@ from .batches import check_model
 from .errors import ArtifactError, ArtifactMismatchError
 from .evaluate import Evaluation
 from .predictors import Predictor, SiteMetrics, ThresholdCurve
+from .workdir import replacing
 
 FORMAT_VERSION = 2
 CONFIG = "dejavu_config.json"
@@ -176,7 +177,7 @@ class Calibration:
         attach_calibration(model, self)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the artifact folder."""
+        """Write the artifact folder: whole, or not at all. Raises DiskFullError."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -186,8 +187,9 @@ class Calibration:
             for part in ("down", "up", "bias", "scale")
             if getattr(site.predictor, part) is not None
         }
-        save_file(tensors, folder / TENSORS)
-        (folder / CONFIG).write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
+        with replacing(folder / TENSORS, folder / CONFIG) as (partial, config):
+            save_file(tensors, partial)
+            config.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

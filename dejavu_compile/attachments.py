@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dejavu_compile.passes.site import Policy, PredictorWeights
@@ -98,6 +99,16 @@ def fingerprint(weight: torch.Tensor) -> str:
     sample = weight.detach()[row_ids[:, None], column_ids[None, :]].float().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
     digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """A digest of a model's modules and of the `fingerprint` of each of its parameters and buffers."""
+    digest = hashlib.sha256(repr(model).encode())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.numel():
+            matrix = tensor.reshape(1, -1) if tensor.dim() < 2 else tensor.flatten(1)
+            digest.update(f"{name} {tuple(tensor.shape)} {fingerprint(matrix)}".encode())
     return digest.hexdigest()[:16]
 
 

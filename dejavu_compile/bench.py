@@ -238,22 +238,40 @@ def attach_heads_per_sequence(
 
 
 def attach_gates(model: nn.Module, density: float, length: int, batch: int = 1) -> list[Kept]:
-    """Thresholds that |act(gate)| of this share of the units passed in one eager decode step, in all layers."""
-    parts, seen = mlps(model), {}
+    """Thresholds that this share of the units passes in a decode step, others for each sequence, in all layers.
+
+    Random gates lie on both sides of any threshold, and near it rounding decides which units run. So the gates'
+    weights are changed, in place, by what makes the gates of the first step clear: well below for units that don't run,
+    well above for the others. Gates of later steps lie around it like any.
+    """
+    parts, step = mlps(model), DecodeStep(model, model.forward, length, batch)
+    modules = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    thresholds = []
+
+    def clear(number: int, weight: nn.Parameter, inputs: torch.Tensor) -> None:
+        source = inputs[:, -1].float()
+        generator = torch.Generator().manual_seed(number)
+        order = torch.rand(batch, weight.shape[0], generator=generator).argsort().argsort()
+        runs = (order < round(density * weight.shape[0])).to(weight.device)
+        gates = source @ weight.float().T
+        threshold = parts[number].act(gates).abs().flatten().quantile(1 - density).item()
+        thresholds.append(threshold)
+        wanted = torch.where(runs, gates.abs() + 2 * threshold + 0.5, -threshold)
+        weight += (torch.linalg.pinv(source) @ (wanted - gates)).T.to(weight.dtype)
+
     handles = [
-        part.act.register_forward_hook(
-            lambda module, args, out, i=i: seen.__setitem__(i, out.detach().float().abs())
+        modules[id(part.into[0])].register_forward_pre_hook(
+            lambda module, args, number=number: clear(number, module.weight, args[0])
         )
-        for i, part in enumerate(parts)
+        for number, part in enumerate(parts)
     ]
-    DecodeStep(model, model.forward, length, batch)()
+    step.with_prompt()
     for handle in handles:
         handle.remove()
     kept = []
-    for i, part in enumerate(parts):
+    for part, threshold in zip(parts, thresholds, strict=True):
         for weight, produces in ((part.into[1], True), (part.out, False)):
             make_unit_major(weight, 1, produces_units=produces)
-        threshold = seen[i].flatten().quantile(1 - density).item()
         attach(
             part.out,
             Attachment(Policy.GATE, density, fingerprint(part.out), threshold=threshold),
@@ -289,19 +307,33 @@ class DecodeStep:
         self, model: nn.Module, forward: Callable[..., Any], length: int, batch: int = 1
     ) -> None:
         device = next(model.parameters()).device
-        self.forward, self.start = forward, length // 2
+        self.forward, self.start, self.config = forward, length // 2, model.config
         self.cache = StaticCache(config=model.config, max_cache_len=length)
         self.token = 11 + 13 * torch.arange(batch, device=device)[:, None]
         self.position = torch.full((batch, 1), self.start, device=device)
         self.mask = torch.ones(batch, 1, 1, length, dtype=torch.bool, device=device)
-        prompt = torch.arange(batch * self.start, device=device).view(batch, -1) % 1000 + 5
+        self.prompt = torch.arange(batch * self.start, device=device).view(batch, -1) % 1000 + 5
         with torch.no_grad():
             model.forward(
-                input_ids=prompt,
+                input_ids=self.prompt,
                 position_ids=torch.arange(self.start, device=device).expand(batch, -1),
                 past_key_values=self.cache,
                 use_cache=True,
             )
+
+    @torch.no_grad()
+    def with_prompt(self) -> None:
+        """The first step in one pass with its prompt, over a cache of its own: what a layer leaves is read by the next."""
+        rows = self.start + 1
+        mask = torch.ones(rows, self.mask.shape[-1], dtype=torch.bool, device=self.mask.device)
+        mask[:-1].tril_()
+        self.forward(
+            input_ids=torch.cat([self.prompt, self.token], dim=1),
+            attention_mask=mask.expand(len(self.token), 1, -1, -1),
+            position_ids=torch.arange(rows, device=self.mask.device).expand(len(self.token), -1),
+            past_key_values=StaticCache(self.config, max_cache_len=self.mask.shape[-1]),
+            use_cache=True,
+        )
 
     def reset(self) -> None:
         """Back to the first step after the prompt, in place: the addresses are static."""

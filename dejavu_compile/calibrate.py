@@ -2,6 +2,8 @@
 
 collect -> costs of leaving heads out -> fit (all layers together) -> thresholds on held-out tokens
         -> densities to a quality budget
+
+What each stage makes stays in memory, or goes to a folder, from which an interrupted run goes on.
 """
 
 import dataclasses
@@ -9,6 +11,8 @@ import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,25 +21,28 @@ from dejavu_compile.passes.find_sites import layer_of
 from dejavu_compile.passes.site import Policy, SiteKind
 
 from .artifact import Calibration, SiteRecord, WeightLayout, attach_calibration
-from .attachments import fingerprint
+from .attachments import fingerprint, model_fingerprint
 from .batches import Batch, check_batches, check_model
 from .collect import Recording, collect
 from .errors import CalibrationError, OptionError
-from .evaluate import compare, masked
+from .evaluate import Evaluation, compare, masked
 from .plan import gathered_layouts
 from .predictors import (
     DENSITY_GRID,
     Predictor,
     SiteExamples,
     ThresholdCurve,
+    chunks,
     fit_predictors,
     measure,
     rank_for_budget,
     shared_threshold_curve,
+    thinned_for,
     threshold_curve,
 )
 from .progress import Bars, Progress
 from .sensitivity import head_costs
+from .workdir import Memory, Rows, Store, Tensors, Workdir
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +55,7 @@ MLP_SHARE = 0.7
 HEAD_WEIGHT = 4.0
 HEAD_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FIT_STEPS = 500
+THRESHOLDED = (Policy.PREDICT, Policy.GATE)
 
 
 def _output_norms(record: Recording) -> torch.Tensor:
@@ -99,11 +107,13 @@ def _to_fit(
         return _examples(record, source)
     cost = costs[record.name]
     ones = torch.ones(record.site.units, device=cost.device)
-    return SiteExamples(source.stacked("source")[: len(cost)], cost, ones, 1 / HEAD_WEIGHT)
+    seen = source.stacked("source").narrow(0, 0, len(cost))
+    return SiteExamples(seen, cost, ones, 1 / HEAD_WEIGHT)
 
 
-def _carrier(record: Recording) -> torch.Tensor:
-    return record.stacked("carrier" if record.carrier else "hidden").abs()
+def _carrier(record: Recording) -> torch.Tensor | Rows:
+    """What `gate` would threshold, with its sign."""
+    return record.stacked("carrier" if record.carrier else "hidden")
 
 
 def _rank(record: Recording, source: Recording) -> int:
@@ -120,8 +130,9 @@ def _rank(record: Recording, source: Recording) -> int:
     return rank_for_budget(dense_bytes, width, record.site.units, int8, PREDICTOR_BUDGET)
 
 
-def _held_out(values: torch.Tensor, share: float = HELD_OUT) -> torch.Tensor:
-    return values[len(values) - max(1, round(len(values) * share)) :]
+def _held_out(values: torch.Tensor | Rows, share: float = HELD_OUT) -> torch.Tensor | Rows:
+    last = max(1, round(len(values) * share))
+    return values.narrow(0, len(values) - last, last)
 
 
 def _record(recording: Recording, policy: Policy, curve: ThresholdCurve) -> SiteRecord:
@@ -143,17 +154,28 @@ def _fit(
     lookahead: int,
     seed: int,
     progress: Progress,
+    store: Store,
 ) -> list[SiteRecord]:
     """Predictors for (site, source site, rank), all trained together. `costs` of heads, by site."""
     if not jobs:
         return []
-    fitted = fit_predictors(
-        [_to_fit(record, source, costs).split(HELD_OUT)[0] for record, source, _ in jobs],
-        [rank for *_, rank in jobs],
-        seed=seed,
-        steps=FIT_STEPS,
-        progress=progress,
-    )
+    parts = [field.name for field in dataclasses.fields(Predictor)]
+
+    def fit() -> Tensors:
+        fitted = fit_predictors(
+            [_to_fit(record, source, costs).split(HELD_OUT)[0] for record, source, _ in jobs],
+            [rank for *_, rank in jobs],
+            seed=seed,
+            steps=FIT_STEPS,
+            progress=progress,
+        )
+        return {f"{i}.{part}": getattr(p, part) for i, p in enumerate(fitted) for part in parts}
+
+    stored = store.once("predictors", fit)
+    fitted = [
+        Predictor(*(stored[f"{i}.{part}"].to(record.weight.device) for part in parts))
+        for i, (record, *_) in enumerate(jobs)
+    ]
     kinds = [record.site.kind for record, *_ in jobs]
     fitted = [
         predictor.quantized() if kind is SiteKind.MLP else predictor.full_rank()
@@ -162,8 +184,8 @@ def _fit(
     # One threshold for all sites of a kind: scores are in one unit, so each gets the density that it needs.
     curves = {
         kind: shared_threshold_curve(
-            predictor.score(_held_out(source.stacked("source")))
-            for predictor, (_, source, _), other in zip(fitted, jobs, kinds, strict=True)
+            predictor.score(thinned_for(_held_out(source.stacked("source")), record.site.units))
+            for predictor, (record, source, _), other in zip(fitted, jobs, kinds, strict=True)
             if other is kind
         )
         for kind in set(kinds)
@@ -197,9 +219,15 @@ def _measured(
         _, held_out = examples.split(share)
         return record.with_metrics(measure(_Magnitude(), record.threshold, held_out, weight))
     if record.policy is Policy.EXACT:
-        hidden = _held_out(recording.stacked("hidden"), share)
-        return record.with_exact_density((hidden != 0).float().mean().item())
+        return record.with_exact_density(
+            _nonzero_share(_held_out(recording.stacked("hidden"), share))
+        )
     return record
+
+
+def _nonzero_share(values: torch.Tensor | Rows) -> float:
+    nonzero = sum(int(values[rows].count_nonzero()) for rows in chunks(len(values)))
+    return nonzero / values.numel()
 
 
 class _Magnitude(Predictor):
@@ -210,50 +238,94 @@ class _Magnitude(Predictor):
         super().__init__(empty, empty, empty, empty)
 
     def score(self, source: torch.Tensor) -> torch.Tensor:
-        """The source itself."""
-        return source.float()
+        """That of the source itself."""
+        return source.float().abs()
 
 
 def _data_hash(batches: Sequence[Batch]) -> str:
+    """Of every tensor of the batches, with its name, shape and dtype."""
     digest = hashlib.sha256()
     for batch in batches:
-        digest.update(batch["input_ids"].cpu().contiguous().numpy().tobytes())
+        for key, value in sorted(batch.items()):
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
+def _store(
+    workdir: str | Path | None, model: nn.Module, batches: Sequence[Batch], options: Mapping[str, object]
+) -> Store:  # fmt: skip
+    """Memory, or a folder for this calibration only. Raises WorkdirError."""
+    if workdir is None:
+        return Memory()
+    manifest = {
+        "model": f"{type(model).__name__} {model_fingerprint(model)}",
+        "batches": _data_hash(batches),
+        **options,
+        "device": next(model.parameters()).device.type,
+        "torch": str(torch.__version__),
+    }
+    return Workdir(workdir, manifest)
+
+
+def _quality(store: Store, name: str, measured: Callable[[], Evaluation]) -> Evaluation:
+    """What `measured` gives, once for a calibration."""
+
+    def make() -> Tensors:
+        return {"figures": torch.tensor(dataclasses.astuple(measured()), dtype=torch.float64)}
+
+    tokens, *figures = store.once(f"quality-{name}", make)["figures"].tolist()
+    return Evaluation(int(tokens), *figures)
+
+
 def _to_budget(
-    judge: Callable[[Calibration], Calibration],
-    candidates: Sequence[Calibration],
+    judge: Callable[[int], Calibration],
+    count: int,
     budget: float,
+    share: float,
     progress: Callable[[int, int], None],
 ) -> Calibration:
-    """The first of the candidates, sparsest first, whose perplexity is within `budget`, by bisection.
+    """The first of `count` candidates, sparsest first, within `share` of the budget, by bisection.
 
     `judge` measures one. Perplexity falls with density but for noise; what is chosen was itself measured,
     never inferred. Raises CalibrationError if even the last one misses.
     """
-    low, high = 0, len(candidates)  # the answer is in candidates[low:high], or nowhere
-    best, step, steps = None, 0, math.ceil(math.log2(len(candidates) + 1))
+    low, high = 0, count  # the answer is among low to high - 1, or nowhere
+    best, missed = None, []
+    step, steps = 0, math.ceil(math.log2(count + 1))
     while low < high:
         middle = (low + high) // 2
-        candidate = judge(candidates[middle])
+        candidate = judge(middle)
         step += 1
         progress(min(step, steps), steps)
         log.info(
             "density %.2f, heads %.2f: %s",
             candidate.density, candidate.head_density, candidate.quality,
         )  # fmt: skip
-        if candidate.quality.perplexity_increase <= budget:
+        if candidate.quality.perplexity_increase <= share * budget:
             best, high = candidate, middle
         else:
+            missed.append(candidate)
             low = middle + 1
     if best is None:
-        raise CalibrationError(
-            f"no density keeps perplexity within {budget:.2%} of dense",
-            found=f"{candidate.quality.perplexity_increase:+.2%} at density {DENSITY_GRID[-1]}",
-            fix="raise max_ppl_increase, calibrate on more text, or give density=",
-        )
+        raise _out_of_budget(missed, budget, share)
     return best
+
+
+def _out_of_budget(missed: Sequence[Calibration], budget: float, share: float) -> CalibrationError:
+    """What came nearest, and the sites that would have to stay dense."""
+    nearest = min(missed, key=lambda candidate: candidate.quality.perplexity_increase)
+    sparse = [s for s in nearest.sites if s.policy in THRESHOLDED and s.density < 1]
+    names = ", ".join(s.name for s in sparse[:3])
+    more = f" and {len(sparse) - 3} more" if len(sparse) > 3 else ""
+    return CalibrationError(
+        f"no density keeps perplexity within {budget:.2%} of dense: {names}{more} would have to stay dense",
+        found=f"{nearest.quality.perplexity_increase:+.2%} at best, with "
+        + f"{max((s.density for s in sparse), default=1.0):.0%} of their units",
+        expected=f"at most {share * budget:+.2%}"
+        + (f" ({share:.0%} of it: the rest is for heads)" if share < 1 else ""),
+        fix="raise max_ppl_increase, calibrate on more text, or give density=",
+    )
 
 
 def _within_budget(
@@ -262,28 +334,32 @@ def _within_budget(
     batches: list[Batch],
     budget: float,
     progress: Progress,
+    store: Store,
 ) -> Calibration:
     """MLPs first, which skip most bytes, within part of the budget; then heads with what is left of it."""
     sparse = masked(model)
 
-    def judge(candidate: Calibration) -> Calibration:
+    def measured(candidate: Calibration) -> Evaluation:
         attach_calibration(model, candidate)
-        return candidate.with_quality(compare(model, batches, sparse))
+        return compare(model, batches, sparse)
 
-    thresholded = {s.kind for s in calibration.sites if s.policy in (Policy.PREDICT, Policy.GATE)}
+    def search(stage: str, candidates: Sequence[Calibration], share: float) -> Calibration:
+        def judge(number: int) -> Calibration:
+            name = f"{stage.replace(' ', '-')}-{number:02}"
+            measure_it = partial(measured, candidates[number])
+            return candidates[number].with_quality(_quality(store, name, measure_it))
+
+        return _to_budget(judge, len(candidates), budget, share, partial(progress, stage))
+
+    thresholded = {s.kind for s in calibration.sites if s.policy in THRESHOLDED}
     share = MLP_SHARE if SiteKind.ATTENTION in thresholded else 1.0
     best = calibration
     if SiteKind.MLP in thresholded:
         candidates = [calibration.at_density(density) for density in DENSITY_GRID]
-        best = _to_budget(
-            judge, candidates, share * budget, lambda *done: progress("budget", *done)
-        )
+        best = search("budget", candidates, share)
     if SiteKind.ATTENTION in thresholded:
         candidates = [best.at_density(head_density=density) for density in HEAD_GRID]
-        candidates.append(best)
-        best = _to_budget(
-            judge, candidates, budget, lambda *done: progress("budget of heads", *done)
-        )
+        best = search("budget of heads", [*candidates, best], 1.0)
     return best
 
 
@@ -298,6 +374,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
     head_density: float | None = None,
+    workdir: str | Path | None = None,
 ) -> Calibration:
     """Fit predictors and thresholds for every site of `model`, and attach them.
 
@@ -306,23 +383,15 @@ def calibrate(
     or "dense". density: the share of MLP units to keep, in (0, 1], and `head_density` that of attention
     heads (1 if only the other is given); with neither, the lowest densities whose perplexity stays within
     `max_ppl_increase` of dense. lookahead: how many layers before its site a
-    predictor reads its source, at least 1.
+    predictor reads its source, at least 1. workdir: a folder for what is recorded, so that it needn't fit in
+    memory; the same call goes on from there after it was interrupted, with the same result, and the folder can
+    be deleted afterwards. Without one memory limits how much of the text is used.
 
     The result is attached: `model.compile(backend="dejavu")` uses it from the next call on.
-    Raises CalibrationError, ModelStateError and OptionError with what to do.
+    Raises CalibrationError, ModelStateError and OptionError with what to do; with a workdir, WorkdirError where
+    it is for another calibration, and DiskFullError.
     """
-    policies = ("auto", *(str(p) for p in Policy))
-    if policy not in policies:
-        raise OptionError(f"unknown policy {policy!r}", expected=f"one of {', '.join(policies)}")
-    for name, asked in (("density", density), ("head_density", head_density)):
-        if asked is not None and not 0 < asked <= 1:
-            raise OptionError(
-                f"{name} is out of range", found=str(asked), expected=f"0 < {name} <= 1"
-            )
-    if lookahead < 1:
-        raise OptionError(
-            "lookahead is out of range", found=str(lookahead), expected="at least 1 layer"
-        )
+    _check_options(policy, max_ppl_increase, density, head_density, lookahead)
     check_model(model, "calibrate")
     checked = check_batches(model, batches)
     held = max(1, len(checked) // 6) if len(checked) > 1 else 0
@@ -331,26 +400,59 @@ def calibrate(
         log.warning(
             "calibrating on a single batch: quality is measured on the text that was learnt from"
         )
+    options = {
+        "policy": policy, "max_ppl_increase": max_ppl_increase, "density": density, "head_density": head_density,
+        "lookahead": lookahead, "seed": seed,
+    }  # fmt: skip
+    store = _store(workdir, model, checked, options)
     bars = Bars(progress)
     try:
         searched = density is None and head_density is None
         heads = policy in ("auto", "predict") and (searched or head_density is not None)
         kinds = tuple(SiteKind) if heads else (SiteKind.MLP,)
-        recordings = collect(model, learn, max_tokens=MAX_TOKENS, progress=bars, kinds=kinds)
-        records = _records(model, learn, recordings, policy, lookahead, seed, bars)
+        recordings = collect(
+            model, learn, max_tokens=MAX_TOKENS, progress=bars, kinds=kinds, store=store
+        )
+        records = _records(model, learn, recordings, policy, lookahead, seed, bars, store)
         calibration = Calibration(
             sites=tuple(records), model_class=type(model).__name__, seed=seed,
             data_hash=_data_hash(checked),
         ).at_density(density or 1.0, head_density=head_density or 1.0)  # fmt: skip
-        if searched and any(r.policy in (Policy.PREDICT, Policy.GATE) for r in records):
-            calibration = _within_budget(model, calibration, judge, max_ppl_increase, bars)
+        if searched and any(r.policy in THRESHOLDED for r in records):
+            calibration = _within_budget(model, calibration, judge, max_ppl_increase, bars, store)
         calibration = remeasured(calibration, recordings)
         attach_calibration(model, calibration)
         if calibration.quality is None:
-            calibration = calibration.with_quality(compare(model, judge, masked(model)))
+            measured = partial(compare, model, judge, masked(model))
+            calibration = calibration.with_quality(_quality(store, "chosen", measured))
     finally:
         bars.close()
     return calibration
+
+
+def _check_options(
+    policy: str,
+    max_ppl_increase: float,
+    density: float | None,
+    head_density: float | None,
+    lookahead: int,
+) -> None:
+    policies = ("auto", *(str(p) for p in Policy))
+    if policy not in policies:
+        raise OptionError(f"unknown policy {policy!r}", expected=f"one of {', '.join(policies)}")
+    for name, asked in (("density", density), ("head_density", head_density)):
+        if asked is not None and not 0 < asked <= 1:
+            raise OptionError(
+                f"{name} is out of range", found=str(asked), expected=f"0 < {name} <= 1"
+            )
+    if not max_ppl_increase >= 0:  # NaN too
+        raise OptionError(
+            "max_ppl_increase is out of range", found=str(max_ppl_increase), expected="at least 0"
+        )
+    if lookahead < 1:
+        raise OptionError(
+            "lookahead is out of range", found=str(lookahead), expected="at least 1 layer"
+        )
 
 
 def _sources(recordings: Sequence[Recording], lookahead: int) -> list[Recording | None]:
@@ -366,7 +468,7 @@ def _sources(recordings: Sequence[Recording], lookahead: int) -> list[Recording 
 
 def _records(
     model: nn.Module, batches: Sequence[Batch], recordings: Sequence[Recording], policy: str,
-    lookahead: int, seed: int, progress: Progress,
+    lookahead: int, seed: int, progress: Progress, store: Store,
 ) -> list[SiteRecord]:  # fmt: skip
     sources = _sources(recordings, lookahead)
     chosen = [
@@ -376,15 +478,20 @@ def _records(
     jobs = [i for i, c in enumerate(chosen) if c is Policy.PREDICT]
     pairs = [(recordings[i], sources[i], _rank(recordings[i], sources[i])) for i in jobs]
     heads = [r for r, *_ in pairs if r.site.kind is SiteKind.ATTENTION]
-    costs = head_costs(model, batches, heads, seed=seed, progress=progress) if heads else []
+    costs = (
+        head_costs(model, batches, heads, seed=seed, progress=progress, store=store)
+        if heads
+        else []
+    )
     by_name = {r.name: cost for r, cost in zip(heads, costs, strict=True)}
-    fitted = dict(zip(jobs, _fit(pairs, by_name, lookahead, seed, progress), strict=True))
+    fitted = dict(zip(jobs, _fit(pairs, by_name, lookahead, seed, progress, store), strict=True))
     records = []
     for i, recording in enumerate(recordings):
         if chosen[i] is Policy.PREDICT:
             records.append(fitted[i])
         elif chosen[i] is Policy.GATE:
-            curve = threshold_curve(_held_out(_carrier(recording)))
+            held_out = thinned_for(_held_out(_carrier(recording)), recording.site.units)
+            curve = threshold_curve(held_out.abs())
             records.append(_record(recording, Policy.GATE, curve))
         else:
             records.append(_record(recording, chosen[i], ThresholdCurve((1.0,), (-math.inf,))))

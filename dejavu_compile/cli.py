@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-from .errors import DejavuError
+from .errors import DejavuError, OptionError
 
 try:
     import typer
@@ -19,9 +19,22 @@ def _load(model: str, device: str) -> tuple:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # an unknown one, or a torch without it
+        raise OptionError(
+            f"device {device!r} can't be used", found=str(error).split("\n", 1)[0], expected="cpu, cuda, ..."
+        ) from None  # fmt: skip
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval(), tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"no model could be loaded from {model}", found=str(error).strip().split("\n", 1)[0],
+            expected="a local folder with a model and its tokenizer, or a hub id",
+        ) from None  # fmt: skip
+    return loaded.to(device).eval(), tokenizer
 
 
 def _app() -> "typer.Typer":
@@ -74,9 +87,13 @@ def _app() -> "typer.Typer":
 
     @app.command()
     def calibrate(
-        model: Model, text: Text, out: Annotated[Path, typer.Option(help="the artifact's folder")],
+        model: Model, text: Text,
+        out: Annotated[Path, typer.Option(help="the artifact's folder", file_okay=False)],
         policy: str = "auto", max_ppl_increase: float = 0.01, density: float | None = None,
-        windows: int = 160, length: int = 512, seed: int = 0, device: Device = "",
+        windows: int = 160, length: int = 512, seed: int = 0, device: Device = "", json_path: Json = None,
+        workdir: Annotated[Path | None, typer.Option(
+            help="a folder for what is recorded: needn't fit in memory, and the same command goes on from there",
+            file_okay=False)] = None,
     ) -> None:  # fmt: skip
         """Fit predictors and thresholds on a text, and save them."""
         from .calibrate import calibrate as run
@@ -91,8 +108,10 @@ def _app() -> "typer.Typer":
             max_ppl_increase=max_ppl_increase,
             density=density,
             seed=seed,
+            workdir=workdir,
         )
         result.save_pretrained(out)
+        _write(json_path, result.to_dict())
         print(result)
 
     @app.command("eval")

@@ -1,7 +1,10 @@
 """Record what each site does on real text, through the same graph that is rewritten later."""
 
-from collections.abc import Callable, Collection, Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +17,13 @@ from dejavu_compile.passes.site import Site, SiteKind
 from ._compat import guard_identity, names_in, recompile_limit, unset_fake_temporarily
 from .batches import Batch, call_kwargs, counted
 from .errors import CalibrationError
+from .workdir import Memory, Rows, Store, Tensors
 
-# Bytes of recorded activations to hold at most: tokens are cut to fit, evenly over all sites.
+log = logging.getLogger(__name__)
+
+# Bytes of recorded activations to hold in memory at most: tokens are cut to fit, evenly over all sites.
 MEMORY_BUDGET = 4 << 30
+VALUES = ("source", "hidden", "carrier")
 RECORDED_GRAPHS = 512  # of one function: more than any decoder has layers
 
 
@@ -36,15 +43,36 @@ class Recording:
     source: list[torch.Tensor] = field(default_factory=list)
     hidden: list[torch.Tensor] = field(default_factory=list)
     carrier: list[torch.Tensor] = field(default_factory=list)
+    on_disk: bool = False
 
     @property
     def name(self) -> str:
         """Of the output projection's weight, in the model."""
         return self.names.get(self.site.name, self.site.name)
 
-    def stacked(self, which: str) -> torch.Tensor:
-        """All recorded tokens of one value, [tokens, width]; kept as one, not beside its pieces."""
+    @property
+    def bytes_per_token(self) -> int:
+        """Of the values that are recorded."""
+        return sum(
+            v[0].shape[1] * v[0].element_size()
+            for v in (self.source, self.hidden, self.carrier)
+            if v
+        )
+
+    def add(self, shard: Tensors) -> None:
+        """Take this site's values of a batch."""
+        for which in VALUES:
+            if (value := shard.get(f"{self.name}.{which}")) is not None:
+                getattr(self, which).append(value)
+
+    def stacked(self, which: str) -> torch.Tensor | Rows:
+        """All recorded tokens of one value, [tokens, width].
+
+        In memory they are kept as one from then on, not beside their pieces; on disk they stay there.
+        """
         values = getattr(self, which)
+        if self.on_disk:
+            return Rows(values, self.weight.device)
         if len(values) > 1:
             values[:] = [torch.cat(values)]
         return values[0]
@@ -100,12 +128,26 @@ class Contributions:
 
 
 class Collector:
-    """A `torch.compile` backend that records sites in graph order, keyed by their output weight."""
+    """A `torch.compile` backend that records sites in graph order, keyed by their output weight.
 
-    def __init__(self, model: nn.Module, kinds: Collection[SiteKind] = tuple(SiteKind)) -> None:
+    Values go to `device` as soon as they are there; by default they stay on the model's.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kinds: Collection[SiteKind] = tuple(SiteKind),
+        device: torch.device | None = None,
+    ) -> None:
         self.model, self.kinds = model, kinds
         self.recordings: dict[int, Recording] = {}
-        self.keep: torch.Tensor | None = None  # mask over this batch's tokens
+        self._device = device
+        self._forward = torch.compile(model.forward, backend=self)
+        self._at_once: int | None = None  # sequences, once memory didn't suffice for a batch
+        # Of the last call, by "<site>.<value>", and by site
+        self._keep: torch.Tensor | None = None  # mask over its tokens
+        self._values: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._finite: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
@@ -122,15 +164,17 @@ class Collector:
                 weight = resolve(gm, site.output.weight, inputs)
             record = self.recordings.setdefault(id(weight), Recording(site, weight, names))
             guard_identity(site.output.weight)  # layers that are alike may be one graph
-            wanted.setdefault(site.input, []).append(self._into(record.source))
-            take = self._into(record.hidden, torch.bfloat16)
+            wanted.setdefault(site.input, []).append(partial(self._take, record, "source"))
+            take = partial(self._take, record, "hidden", narrowed=torch.bfloat16)
             if site.kind is SiteKind.ATTENTION:
                 with unset_fake_temporarily():
                     norms = Contributions(site, weight)
                 take = _after(norms, take)
             wanted.setdefault(site.hidden, []).append(take)
             if site.gate is not None and site.gate.node is not site.hidden:
-                wanted.setdefault(site.gate.node, []).append(self._into(record.carrier))
+                wanted.setdefault(site.gate.node, []).append(
+                    partial(self._take, record, "carrier")
+                )
 
         def hand_over(takers: list) -> Callable[[torch.Tensor], None]:
             return lambda value: [take(value) for take in takers] and None
@@ -143,20 +187,86 @@ class Collector:
 
         return run
 
-    def _into(
-        self, values: list[torch.Tensor], narrowed: torch.dtype | None = None
-    ) -> Callable[[torch.Tensor], None]:
-        """Append the batch's tokens to `values`; what is wider than `narrowed` is stored in it."""
+    def _take(
+        self,
+        record: Recording,
+        which: str,
+        value: torch.Tensor,
+        narrowed: torch.dtype | None = None,
+    ) -> None:
+        """Keep the call's tokens; what is wider than `narrowed` is stored in it."""
+        rows = value.detach().reshape(-1, value.shape[-1])[self._keep]  # a copy: indexed by a mask
+        if narrowed is not None and rows.element_size() > narrowed.itemsize:
+            rows = rows.to(narrowed)
+        self._finite[record.name].append(rows.isfinite().all())
+        self._values[f"{record.name}.{which}"].append(
+            rows if self._device is None else rows.to(self._device)
+        )
 
-        def take(value: torch.Tensor) -> None:
-            rows = value.detach().reshape(-1, value.shape[-1])[
-                self.keep
-            ]  # a copy: indexed by a mask
-            if narrowed is not None and rows.element_size() > narrowed.itemsize:
-                rows = rows.to(narrowed)
-            values.append(rows)
+    def record(self, batch: Batch) -> Tensors:
+        """What each site did on a batch, by "<site>.source", ".hidden", ".carrier", each [tokens, width].
 
-        return take
+        Where memory doesn't suffice for it, the batch runs in parts of half as many sequences, and so on; so do
+        those after it. Raises CalibrationError where one sequence is too much, where there is no site, and for
+        NaN or inf.
+        """
+        sequences = len(batch["input_ids"])
+        at_once = min(self._at_once or sequences, sequences)
+        while (values := self._tried(batch, at_once)) is None:
+            torch.cuda.empty_cache()  # only now: until it was handled, the error held the tensors
+            if at_once == 1:
+                raise CalibrationError(
+                    "out of memory while recording activations",
+                    found=f"too little for one sequence of {batch['input_ids'].shape[1]} tokens",
+                    expected="room for one sequence, and for what is recorded of it",
+                    fix="shorter sequences; and dv.calibrate(..., workdir=PATH) records to disk",
+                )
+            at_once = self._at_once = at_once // 2
+            log.warning("out of memory: recording %d sequences at once from here on", at_once)
+        return values
+
+    def _tried(self, batch: Batch, at_once: int) -> Tensors | None:
+        """`record` in parts of so many sequences; None when out of memory."""
+        try:
+            parts = [self._run(part) for part in _parts(batch, at_once)]
+            return {key: _joined([v for part in parts for v in part[key]]) for key in parts[0]}
+        except torch.OutOfMemoryError:
+            self._values.clear()
+            return None
+
+    def _run(self, batch: Batch) -> dict[str, list[torch.Tensor]]:
+        """One forward pass: values in the order in which they came."""
+        self._values, self._finite = defaultdict(list), defaultdict(list)
+        self._keep = counted(batch).flatten()
+        self._forward(**call_kwargs(self.model, batch))
+        if not self.recordings:
+            raise CalibrationError(
+                f"no site was found in {type(self.model).__name__}",
+                expected="an MLP whose hidden units a projection contracts",
+                fix="dv.explain(model, input_ids) says why each projection stays dense",
+            )
+        for record in self.recordings.values():
+            if not all(self._finite[record.name]):
+                raise CalibrationError(
+                    f"{record.name} sees NaN or inf on the calibration text",
+                    fix="check that the dense model is sound on it, e.g. in a wider dtype",
+                )
+        return self._values
+
+
+def _joined(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(values) if len(values) > 1 else values[0]
+
+
+def _parts(batch: Batch, sequences: int) -> Iterator[Batch]:
+    """So many sequences of a batch at a time; what has no row for each goes with every part."""
+    total = len(batch["input_ids"])
+    if sequences >= total:
+        yield batch
+        return
+    for start in range(0, total, sequences):
+        rows = slice(start, start + sequences)
+        yield {k: v[rows] if v.shape[:1] == (total,) else v for k, v in batch.items()}
 
 
 def collect(
@@ -166,42 +276,38 @@ def collect(
     max_tokens: int,
     progress: Callable[[str, int, int], None],
     kinds: Collection[SiteKind] = tuple(SiteKind),
+    store: Store | None = None,
 ) -> list[Recording]:
     """Run `batches` and record every site of these kinds, in graph order, until `max_tokens` tokens a site.
 
-    Raises CalibrationError if the model has no site, or a site with NaN or inf (named).
+    Each batch's values go to `store`, by default memory, which holds MEMORY_BUDGET bytes: fewer tokens, with a
+    warning. Raises CalibrationError if the model has no site, or a site with NaN or inf (named), or for too
+    little memory; DiskFullError.
     """
-    collector = Collector(model, kinds)
-    run = torch.compile(model.forward, backend=collector)
-    tokens = 0
+    store = store or Memory()
+    collector = Collector(model, kinds, torch.device("cpu") if store.on_disk else None)
+    recordings, tokens = collector.recordings, 0
     with torch.no_grad(), recompile_limit(RECORDED_GRAPHS):
         for number, batch in enumerate(batches):
-            collector.keep = counted(batch).flatten()
-            run(**call_kwargs(model, batch))
-            tokens += int(collector.keep.sum())
+            shard = store.once(f"collect-{number:05}", partial(collector.record, batch))
+            if not recordings:
+                collector.record(batch)  # the shard was there: the sites are in a graph only
+            for record in recordings.values():
+                record.on_disk = store.on_disk
+                record.add(shard)
+            tokens += int(counted(batch).sum())
             progress("collect", number + 1, len(batches))
-            if not collector.recordings:
-                raise CalibrationError(
-                    f"no site was found in {type(model).__name__}",
-                    expected="an MLP whose hidden units a projection contracts",
-                    fix="dv.explain(model, input_ids) says why each projection stays dense",
+            limit = max_tokens
+            if not store.on_disk:
+                limit = min(
+                    limit, MEMORY_BUDGET // sum(r.bytes_per_token for r in recordings.values())
                 )
-            per_token = sum(
-                sum(
-                    v[0].shape[1] * v[0].element_size()
-                    for v in (r.source, r.hidden, r.carrier)
-                    if v
-                )
-                for r in collector.recordings.values()
-            )
-            if tokens >= min(max_tokens, MEMORY_BUDGET // per_token):
+            if tokens >= limit:
                 progress("collect", len(batches), len(batches))
+                if tokens < max_tokens and number + 1 < len(batches):
+                    log.warning(
+                        "memory holds activations of %d tokens: %d of %d batches; workdir=PATH takes all",
+                        tokens, number + 1, len(batches),
+                    )  # fmt: skip
                 break
-    for record in collector.recordings.values():
-        values = (*record.source, *record.hidden, *record.carrier)
-        if not all(value.isfinite().all() for value in values):
-            raise CalibrationError(
-                f"{record.name} sees NaN or inf on the calibration text",
-                fix="check that the dense model is sound on it, e.g. in a wider dtype",
-            )
-    return list(collector.recordings.values())
+    return list(recordings.values())

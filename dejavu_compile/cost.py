@@ -5,13 +5,17 @@ density rho, a predictor of P bytes, a carrier that costs c bytes a unit, and, f
 cached keys and values a unit and sequence, m tokens (each of a sequence of its own) read
 
     dense                   n u                          + m n K
-    exact, gate             n c + rho_m n (u - c)
-    predict                 rho_m n u + P                + m rho n K
+    exact, gate             n c + q rho_m n (u - c)
+    predict                 q rho_m n u + P              + m rho n K
     predict, cache only     n u + P                      + m rho n K
 
 Weights are read for the union of the tokens' selections: rho_m = 1 - (1 - rho)^m if they choose
 independently, which is the worst case, since tokens of one text agree more. A cache belongs to one
 sequence, so no batch makes its saving smaller.
+
+q is 1 on a CPU and m on a GPU, whose kernels go through a selected row once for each token: from the caches, but
+at no more bandwidth than from memory. (H100, OPT-66B attention, 4 sequences, half of the heads: 2.5 to 3 times as long
+for the weights of 94 % of the heads as a library GEMM for all)
 """
 
 from collections.abc import Callable
@@ -25,7 +29,7 @@ from dejavu_compile.passes.demand import sizes
 from dejavu_compile.passes.read_attention import as_decode_attention
 from dejavu_compile.passes.site import Carrier, Execution, Policy, Site
 
-n, u, c, P, m = sympy.symbols("n u c P m", positive=True)
+n, u, c, P, m, q = sympy.symbols("n u c P m q", positive=True)
 K = sympy.Symbol("K", nonnegative=True)
 rho = sympy.Symbol("rho", nonnegative=True)
 
@@ -33,22 +37,22 @@ UNION = 1 - (1 - rho) ** m
 CACHE = m * rho * n * K
 BYTES = {
     Policy.DENSE: n * u + m * n * K,
-    Policy.PREDICT: UNION * n * u + P + CACHE,
-    Policy.EXACT: n * c + UNION * n * (u - c),
-    Policy.GATE: n * c + UNION * n * (u - c),
+    Policy.PREDICT: q * UNION * n * u + P + CACHE,
+    Policy.EXACT: n * c + q * UNION * n * (u - c),
+    Policy.GATE: n * c + q * UNION * n * (u - c),
 }
 BYTES_CACHE_ONLY = n * u + P + CACHE
 
 
 @cache
 def _compiled(form: sympy.Expr) -> Callable[..., float]:
-    return sympy.lambdify((n, u, c, P, K, m, rho), form)
+    return sympy.lambdify((n, u, c, P, K, q, m, rho), form)
 
 
 @cache
 def _break_even(policy: Policy) -> Callable[..., float]:
     """Density at which a policy reads as much as dense, for one token."""
-    (solution,) = sympy.solve((BYTES[policy] - BYTES[Policy.DENSE]).subs(m, 1), rho)
+    (solution,) = sympy.solve((BYTES[policy] - BYTES[Policy.DENSE]).subs({m: 1, q: 1}), rho)
     return sympy.lambdify((n, u, c, P, K), solution)
 
 
@@ -61,6 +65,7 @@ class SiteCost:
     carrier_bytes_per_unit: int
     predictor_bytes: int
     cache_bytes_per_unit: int = 0  # a sequence
+    row_by_token: bool = False  # a selected row is gone through once for each token
 
     def bytes(
         self, policy: Policy, density: float, tokens: int = 1,
@@ -68,7 +73,8 @@ class SiteCost:
     ) -> float:  # fmt: skip
         """Bytes read a step under `policy`."""
         form = BYTES_CACHE_ONLY if execution is Execution.CACHE else BYTES[policy]
-        return float(_compiled(form)(*self._sizes, tokens, density))
+        times = tokens if self.row_by_token else 1
+        return float(_compiled(form)(*self._sizes, times, tokens, density))
 
     def break_even(self, policy: Policy) -> float:
         """The density above which `policy` reads more than dense, at one token."""
@@ -82,21 +88,23 @@ class SiteCost:
 
 def cost_of(site: Site, carrier: Carrier | None, predictor_bytes: int) -> SiteCost:
     """Read a site's numbers off the graph; a cache whose length has no number yet counts as it is now."""
-    itemsize = site.output.weight.meta["val"].element_size()
+    weight = site.output.weight.meta["val"]
+    itemsize = weight.element_size()
     needed = carrier.needs if carrier is not None else frozenset()
     carrier_bytes = sum(
         leaf.projection.in_features * itemsize for leaf in site.row_leaves if leaf.node in needed
     )
     return SiteCost(
-        site.units, site.bytes_per_unit, carrier_bytes, predictor_bytes, _cache_bytes(site)
-    )
+        site.units, site.bytes_per_unit, carrier_bytes, predictor_bytes, _cache_bytes(site),
+        row_by_token=weight.is_cuda,
+    )  # fmt: skip
 
 
 def _cache_bytes(site: Site) -> int:
     """Bytes of keys and values that a decode step reads for one head, where heads can be left out."""
     total = 0
     for core in site.cores:
-        attention = as_decode_attention(core)
+        attention = as_decode_attention(core.node)
         if attention is None:
             return 0
         for value in (attention.k, attention.v):

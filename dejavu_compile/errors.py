@@ -25,6 +25,14 @@ class CalibrationError(DejavuError, ValueError):
     """Calibration data, or a model, that nothing can be learnt from."""
 
 
+class WorkdirError(DejavuError, ValueError):
+    """A folder that holds the beginnings of another calibration."""
+
+
+class DiskFullError(DejavuError, OSError):
+    """A disk, or a quota, without room for a file. Nothing half-written is left."""
+
+
 class ModelStateError(DejavuError, RuntimeError):
     """A model in a state in which its weights can't be used: training, offloaded, on meta."""
 

@@ -50,11 +50,20 @@ class UnmatchedReport:
 
 
 @dataclass(frozen=True, slots=True)
+class LoneAttentionReport:
+    """An attention that is in no site, and why; `name`: the weight that reads what it computes, or the op itself."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Every projection of the graphs that one call of the model compiles to."""
+    """Every projection and attention of the graphs that one call of the model compiles to."""
 
     sites: list[SiteReport] = field(default_factory=list)
     unmatched: list[UnmatchedReport] = field(default_factory=list)
+    lone_attention: list[LoneAttentionReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON (NaN as None)."""
@@ -65,7 +74,11 @@ class Report:
             }
             for s in self.sites
         ]
-        return {"sites": sites, "unmatched": [asdict(u) for u in self.unmatched]}
+        return {
+            "sites": sites,
+            "unmatched": [asdict(u) for u in self.unmatched],
+            "lone_attention": [asdict(a) for a in self.lone_attention],
+        }
 
     def __str__(self) -> str:
         rows = [
@@ -93,10 +106,13 @@ class Report:
             "  ".join([*(c.ljust(w) for c, w in zip(row, widths, strict=False)), row[-1]])
             for row in rows
         ]
-        if self.unmatched:
-            width = max(len(u.name) for u in self.unmatched)
-            lines += ["", "dense weights"]
-            lines += [f"  {u.name.ljust(width)}  {u.reason}" for u in self.unmatched]
+        for title, entries in (
+            ("dense weights", self.unmatched),
+            ("attention in no site, by the weight that reads it", self.lone_attention),
+        ):
+            width = max((len(entry.name) for entry in entries), default=0)
+            lines += ["", title] if entries else []
+            lines += [f"  {entry.name.ljust(width)}  {entry.reason}" for entry in entries]
         return "\n".join(lines)
 
 
@@ -149,4 +165,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         report.unmatched.extend(
             UnmatchedReport(names.get(name, name), reason, size) for name, reason, size in rest
         )
+        for lone in found.lone:
+            name = lone.node.name if lone.name is None else names.get(lone.name, lone.name)
+            report.lone_attention.append(LoneAttentionReport(name, lone.reason))
     return report

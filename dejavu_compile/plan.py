@@ -150,7 +150,8 @@ def _cheapest(
     read = {way: cost.bytes(policy, density, tokens, way) for way in ways}
     best = min(ways, key=read.__getitem__)
     if read[best] >= cost.bytes(Policy.DENSE, 1.0, tokens):
-        raise _StayDenseError(f"at density {density:.2f} it would read more than dense does")
+        many = f" for {tokens} tokens" if tokens > 1 else ""
+        raise _StayDenseError(f"at density {density:.2f} it would read more than dense does{many}")
     return best
 
 
@@ -179,6 +180,11 @@ def _decide(
                 source = _source(attachment, site, sites)
             if execution is not Execution.MASKED:
                 execution = _cheapest(ways, policy, density, cost, site.num_tokens)
+        elif cost.row_by_token and site.num_tokens > 1:
+            raise _StayDenseError(
+                f"how many of its units are zero isn't known: dv.calibrate(model, batches) would say whether "
+                f"rows pay that are read for each of {site.num_tokens} tokens"
+            )
         if execution is Execution.GATHERED:
             wanted = [
                 layout

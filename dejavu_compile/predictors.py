@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vjp, vmap
 
 from .errors import CalibrationError
+from .workdir import Rows
 
 RANK_MULTIPLE = 16
 MIN_TOKENS = 256
@@ -65,12 +66,12 @@ class SiteExamples:
 
     source [tokens, source width] is what its predictor sees, hidden [tokens, units] the input of
     its output projection, column_norm [units] the norm of each unit's column there. Any float
-    dtype, one device. cutoff: the contribution that the site can barely miss, where it is known;
-    else `contribution_cutoff`.
+    dtype, one device; source and hidden may lie on disk. cutoff: the contribution that the site can
+    barely miss, where it is known; else `contribution_cutoff`.
     """
 
-    source: Tensor
-    hidden: Tensor
+    source: Tensor | Rows
+    hidden: Tensor | Rows
     column_norm: Tensor
     cutoff: float | None = None
 
@@ -89,10 +90,14 @@ class SiteExamples:
     def split(self, held_out: float = 0.15) -> tuple[SiteExamples, SiteExamples]:
         """The first tokens to fit on; the last `held_out` for thresholds and metrics."""
         cut = self.tokens - round(self.tokens * held_out)
-        return (
-            SiteExamples(self.source[:cut], self.hidden[:cut], self.column_norm, self.cutoff),
-            SiteExamples(self.source[cut:], self.hidden[cut:], self.column_norm, self.cutoff),
+        return self._part(0, cut), self._part(cut, self.tokens)
+
+    def _part(self, start: int, stop: int) -> SiteExamples:
+        source, hidden = (
+            values.narrow(0, min(start, len(values)), max(min(stop, len(values)) - start, 0))
+            for values in (self.source, self.hidden)
         )
+        return SiteExamples(source, hidden, self.column_norm, self.cutoff)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,9 +160,14 @@ def _contribution(hidden: Tensor, column_norm: Tensor) -> Tensor:
     return hidden.float().abs() * column_norm.float()
 
 
-def _thinned(values: Tensor) -> Tensor:
+def _thinned(values: Tensor | Rows) -> Tensor:
     """At most `_MAX_SORTED` of the values [tokens, units], whole tokens, spread evenly."""
     return values[:: math.ceil(max(values.numel(), 1) / _MAX_SORTED)]
+
+
+def thinned_for(values: Tensor | Rows, units: int) -> Tensor:
+    """Tokens of the values [tokens, width] such that `units` scores of each are few enough to be sorted."""
+    return values[:: math.ceil(max(len(values) * units, 1) / _MAX_SORTED)]
 
 
 def contribution_cutoff(examples: SiteExamples, left_out: float = ENERGY_LEFT_OUT) -> float:
@@ -229,28 +239,35 @@ def _check(site: int, examples: SiteExamples, rank: int) -> None:
             expected=f"1 to {most}",
         )
     for name in ("source", "hidden", "column_norm"):
-        # A sum is finite only if every element is; fp32, because fp16 sums overflow.
-        if not getattr(examples, name).sum(dtype=torch.float32).isfinite():
+        if not _finite(getattr(examples, name)):
             raise CalibrationError(
                 f"examples of site {site} hold NaN or inf in {name}",
                 fix="check that the dense model stays finite on the calibration text",
             )
 
 
+def chunks(tokens: int) -> list[slice]:
+    """Parts of so many tokens that can be held in fp32."""
+    return [slice(i, i + _CHUNK_TOKENS) for i in range(0, tokens, _CHUNK_TOKENS)]
+
+
+def _finite(values: Tensor | Rows) -> bool:
+    # A sum is finite only if every element is; fp32, because fp16 sums overflow.
+    return all(values[c].sum(dtype=torch.float32).isfinite() for c in chunks(len(values)))
+
+
 def _prepare(examples: SiteExamples) -> _Prepared:
     source, tokens = examples.source, examples.tokens
-    chunks = [slice(i, i + _CHUNK_TOKENS) for i in range(0, tokens, _CHUNK_TOKENS)]
-    mean = (sum(source[c].double().sum(0) for c in chunks) / tokens).float()
-    variance = sum((source[c].float() - mean).double().square().sum(0) for c in chunks) / tokens
+    parts = chunks(tokens)
+    mean = (sum(source[c].double().sum(0) for c in parts) / tokens).float()
+    variance = sum((source[c].float() - mean).double().square().sum(0) for c in parts) / tokens
     scale = variance.sqrt().float()
     # Stretched like the others, a channel that hardly moves would have the largest weights, whose int8 steps are too
     # coarse for all others. Infinitely wide, it is read as zero and has no weight.
     scale = torch.where(scale > QUIET * scale.median(), scale, torch.inf)
     cutoff = contribution_cutoff(examples) if examples.cutoff is None else examples.cutoff
     unit_scale = examples.column_norm.float() / (cutoff or 1.0)
-    mean_weight = (
-        sum(examples.hidden[c].float().abs().sum(0) for c in chunks) * unit_scale / tokens
-    )
+    mean_weight = sum(examples.hidden[c].float().abs().sum(0) for c in parts) * unit_scale / tokens
     return _Prepared(examples, mean, scale, unit_scale, mean_weight)
 
 
@@ -453,8 +470,7 @@ def measure(
     cutoff = contribution_cutoff(examples) if cutoff is None else cutoff
     selected = labelled = both = total = 0
     lost = kept = 0.0
-    for i in range(0, examples.tokens, _CHUNK_TOKENS):
-        rows = slice(i, i + _CHUNK_TOKENS)
+    for rows in chunks(examples.tokens):
         hidden = examples.hidden[rows].float()
         mask = predictor.score(examples.source[rows]) > threshold
         label = _contribution(hidden, examples.column_norm) > cutoff

@@ -14,6 +14,7 @@ predictor is best fitted to: perplexity of a small Llama with 67 % of its heads 
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .batches import Batch, call_kwargs, counted, logits_of
 from .collect import RECORDED_GRAPHS, Recording
 from .evaluate import predicted
 from .progress import Progress
+from .workdir import Memory, Store, Tensors
 
 log = logging.getLogger(__name__)
 
@@ -82,15 +84,16 @@ def head_costs(
     *,
     seed: int,
     progress: Progress,
+    store: Store | None = None,
 ) -> list[torch.Tensor]:
     """What leaving each head out costs at the first tokens that were recorded, [tokens, units] fp32, mean 1.
 
     Of 98,304 tokens, a forward and a backward pass. Where the model can't be differentiated, or memory doesn't
     suffice, squared contributions in proportion to their mean in each layer, with a warning.
     """
-    contributions = [r.stacked("hidden").float().square() for r in recordings]
+    contributions = [r.stacked("hidden")[:].float().square() for r in recordings]
     try:
-        gradients = _squared_gradients(model, batches, seed, progress)
+        gradients = _squared_gradients(model, batches, seed, progress, store or Memory())
     except RuntimeError as error:  # out of memory too
         log.warning(
             "heads of different layers are compared by their contribution alone: no gradients (%s)",
@@ -108,7 +111,7 @@ def head_costs(
 
 
 def _squared_gradients(
-    model: nn.Module, batches: Sequence[Batch], seed: int, progress: Progress
+    model: nn.Module, batches: Sequence[Batch], seed: int, progress: Progress, store: Store
 ) -> dict[str, torch.Tensor]:
     """F_h of the tokens that count, by site, [tokens, units] fp32."""
     gates = _Gates(model)
@@ -118,24 +121,38 @@ def _squared_gradients(
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad(), recompile_limit(RECORDED_GRAPHS):
         for number, batch in enumerate(chosen):
-            gates.opened.clear()
-            keep, _ = predicted(batch)
-            logits = logits_of(run(**call_kwargs(model, batch)))[:, :-1].flatten(0, 1)[keep]
-            loss = _log_probability(logits.float(), generator)
-            gradients = torch.autograd.grad(loss, list(gates.opened.values()))
-            tokens = counted(batch).flatten()
-            for name, gradient in zip(gates.opened, gradients, strict=True):
-                rows = gradient.detach().float().squeeze(-1).flatten(0, -2)
-                squares[name].append(rows[tokens].square())
+            # On the CPU, so that a seed means the same on every device; and for every batch, also for one that a
+            # run before has done, so that it means the same for those after it
+            uniform = torch.rand(int(predicted(batch)[0].sum()), 1, generator=generator)
+            shard = store.once(
+                f"sensitivity-{number:05}", partial(_batch_squares, gates, run, batch, uniform)
+            )
+            for name, rows in shard.items():
+                squares[name].append(rows)
             progress("sensitivity", number + 1, len(chosen))
     return {name: torch.cat(rows) for name, rows in squares.items()}
 
 
-def _log_probability(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _batch_squares(
+    gates: _Gates, run: Callable[..., Any], batch: Batch, uniform: torch.Tensor
+) -> Tensors:
+    """F_h of one batch; `uniform` [predicted tokens, 1] in [0, 1) draws the next tokens."""
+    gates.opened.clear()
+    keep, _ = predicted(batch)
+    logits = logits_of(run(**call_kwargs(gates.model, batch)))[:, :-1].flatten(0, 1)[keep]
+    loss = _log_probability(logits.float(), uniform.to(logits.device))
+    gradients = torch.autograd.grad(loss, list(gates.opened.values()))
+    tokens = counted(batch).flatten()
+    squares = {}
+    for name, gradient in zip(gates.opened, gradients, strict=True):
+        rows = gradient.detach().float().squeeze(-1).flatten(0, -2)
+        squares[name] = rows[tokens].square()
+    return squares
+
+
+def _log_probability(logits: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Of tokens drawn from the prediction itself, summed."""
     log_probabilities = logits.log_softmax(-1)
-    # Drawn on the CPU, so that a seed means the same on every device
-    uniform = torch.rand(len(logits), 1, generator=generator).to(logits.device)
     with torch.no_grad():
         cumulative = log_probabilities.exp().cumsum(-1)
         drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:])

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .errors import CalibrationError
+from .errors import CalibrationError, OptionError
 
 
 def windows(
@@ -19,9 +19,21 @@ def windows(
     """Non-overlapping windows of a UTF-8 file, `input_ids` [batch, length] each.
 
     `limit` takes that many windows, spread evenly over the file. Raises CalibrationError if the text is
-    shorter than one window.
+    shorter than one window, or isn't UTF-8, and OptionError for windows that hold no next token, or none.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    if length < 2 or (limit is not None and limit < 1):
+        raise OptionError(
+            "there is nothing to learn from such windows",
+            found=f"{'all' if limit is None else limit} windows of {length} tokens",
+            expected="at least 1 window of at least 2 tokens",
+        )
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path} is not UTF-8 text", found=f"byte {error.start}: {error.reason}",
+            fix="give a text file, converted to UTF-8",
+        ) from None  # fmt: skip
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     count = len(ids) // length
     if count == 0:

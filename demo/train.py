@@ -1,7 +1,10 @@
-"""Train the two small real decoders that the demo and the tests use.
+"""Train the two small real decoders that the demo and the tests use, and larger ones to measure quality on.
 
     python demo/train.py corpus  --out build/decoders            # tokenizer, tokens, held-out text
     python demo/train.py decoder --out build/decoders --name opt-python-8m --minutes 5
+
+    python demo/train.py corpus  --out build/large --vocabulary 16384
+    python demo/train.py decoder --out build/large --name opt-python-107m --minutes 5
 
 The corpus is the Python source found on the machine: every distinct .py file of site-packages and of
 the standard library. Two shares of the standard library never enter training: one to calibrate on
@@ -29,32 +32,47 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
+    NemotronConfig,
+    NemotronForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-VOCAB = 4096
 CONTEXT = 512
 END = "<|endoftext|>"
 
 
-def opt(hidden: int, ffn: int, layers: int, heads: int) -> OPTForCausalLM:
+def opt(vocabulary: int, hidden: int, ffn: int, layers: int, heads: int) -> OPTForCausalLM:
     """OPT: ReLU MLP with biases, pre-norm, tied embeddings."""
     return OPTForCausalLM(
         OPTConfig(
-            vocab_size=VOCAB, hidden_size=hidden, ffn_dim=ffn, num_hidden_layers=layers,
+            vocab_size=vocabulary, hidden_size=hidden, ffn_dim=ffn, num_hidden_layers=layers,
             num_attention_heads=heads, word_embed_proj_dim=hidden, max_position_embeddings=CONTEXT,
             dropout=0.0, attention_dropout=0.0, bos_token_id=0, eos_token_id=0, pad_token_id=1,
         )
     )  # fmt: skip
 
 
-def llama(hidden: int, ffn: int, layers: int, heads: int) -> LlamaForCausalLM:
+def llama(vocabulary: int, hidden: int, ffn: int, layers: int, heads: int) -> LlamaForCausalLM:
     """Llama: SwiGLU MLP, grouped-query attention (2 query heads a group), tied embeddings."""
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads // 2,
+            max_position_embeddings=CONTEXT, tie_word_embeddings=True,
+            bos_token_id=0, eos_token_id=0, pad_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def nemotron(
+    vocabulary: int, hidden: int, ffn: int, layers: int, heads: int
+) -> NemotronForCausalLM:
+    """Nemotron: ReLU^2 MLP without biases, grouped-query attention (2 query heads a group), tied embeddings."""
+    return NemotronForCausalLM(
+        NemotronConfig(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=heads // 2,
             max_position_embeddings=CONTEXT, tie_word_embeddings=True,
             bos_token_id=0, eos_token_id=0, pad_token_id=1,
@@ -63,8 +81,11 @@ def llama(hidden: int, ffn: int, layers: int, heads: int) -> LlamaForCausalLM:
 
 
 DECODERS = {
-    "opt-python-8m": lambda: opt(192, 1536, 9, 3),
-    "llama-python-8m": lambda: llama(256, 768, 8, 4),
+    "opt-python-8m": lambda vocabulary: opt(vocabulary, 192, 1536, 9, 3),
+    "llama-python-8m": lambda vocabulary: llama(vocabulary, 256, 768, 8, 4),
+    "opt-python-107m": lambda vocabulary: opt(vocabulary, 768, 3584, 12, 12),
+    "llama-python-105m": lambda vocabulary: llama(vocabulary, 768, 2560, 12, 12),
+    "nemotron-python-102m": lambda vocabulary: nemotron(vocabulary, 768, 3712, 12, 12),
 }
 
 
@@ -106,13 +127,13 @@ def collect() -> dict[str, list[str]]:
     return shares
 
 
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
     """Byte-level BPE over a tenth of the training files."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB,
+        vocab_size=vocabulary,
         special_tokens=[END, "<|pad|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
@@ -138,10 +159,10 @@ def _encode(texts: list[str]) -> np.ndarray:
     )
 
 
-def make_corpus(out: Path) -> None:
+def make_corpus(out: Path, vocabulary: int) -> None:
     """Write `tokenizer/`, `train.npy`, `calibration.txt`, `heldout.txt` and `corpus.json` under `out`."""
     shares = collect()
-    tokenizer = train_tokenizer(shares["train"])
+    tokenizer = train_tokenizer(shares["train"], vocabulary)
     tokenizer.save_pretrained(out / "tokenizer")
     for share in ("calibration", "heldout"):
         (out / f"{share}.txt").write_text(END.join(shares[share])[:900_000], encoding="utf-8")
@@ -183,7 +204,8 @@ def train(out: Path, name: str, minutes: float, batch: int, peak_lr: float) -> N
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     tokens = torch.from_numpy(np.load(out / "train.npy").astype(np.int32)).cuda()
-    model = DECODERS[name]().cuda()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
+    model = DECODERS[name](len(tokenizer)).cuda()
     decay = [p for p in model.parameters() if p.ndim >= 2]
     plain = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -223,7 +245,6 @@ def train(out: Path, name: str, minutes: float, batch: int, peak_lr: float) -> N
             print(name, log[-1], flush=True)
         step += 1
 
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(out / "tokenizer")
     heldout = torch.tensor(tokenizer((out / "heldout.txt").read_text())["input_ids"])
     model.eval().to(torch.bfloat16)
     report = {
@@ -244,13 +265,14 @@ def main() -> None:
     parser.add_argument("what", choices=["corpus", "decoder"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", choices=DECODERS, default="opt-python-8m")
+    parser.add_argument("--vocabulary", type=int, default=4096, help="of the corpus' tokenizer")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.what == "corpus":
-        make_corpus(args.out)
+        make_corpus(args.out, args.vocabulary)
     else:
         train(args.out, args.name, args.minutes, args.batch, args.lr)
 

@@ -2,11 +2,12 @@
 
     q = linear(x, Wq); y = attention(rope(q), k, v); o = linear(merge_heads(y), Wo)
         ->
-    Site(ATTENTION, units=heads, owned=[Wq by head], cores=[attention], output=Wo)
+    Site(ATTENTION, units=heads, owned=[Wq by head], cores=[attention by head], output=Wo)
 
 `demand` says for which head each element is needed. A site is there if attention was met on the way back
 and some projection's rows are needed by one head each. Keys and values escape to the cache, so they belong
-to no head; without a cache theirs are owned too. Nothing here knows an architecture.
+to no head; without a cache theirs are owned too. A unit is what the innermost merged axis holds: one head, or what
+is made of several heads before they are merged (a difference of two). Nothing here knows an architecture.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,12 @@ import torch
 from torch import fx
 
 from .demand import MANY, Demand, demand, merged, sizes
-from .separable import IDENTITY, SDPA, SOFTMAX, VIEWS, aten, is_pointwise
-from .site import OwnedRows, Projection
+from .separable import IDENTITY, PRODUCTS, SDPA, SOFTMAX, VIEWS, aten, is_pointwise
+from .site import Core, OwnedRows, Projection
 
+KEEP_ATTENTION = IDENTITY | VIEWS | PRODUCTS | {
+    aten.transpose.int, aten.permute.default, aten.slice.Tensor,
+}  # fmt: skip
 LINEAR = {aten.linear.default, aten.addmm.default, aten.mm.default}
 AsProjection = Callable[[fx.Node], Projection | None]
 
@@ -61,8 +65,8 @@ def _owned(projection: Projection, label: torch.Tensor, units: int) -> OwnedRows
 
 def find_heads(
     output: Projection, as_projection: AsProjection, written: frozenset[fx.Node] = frozenset()
-) -> tuple[int, tuple[OwnedRows, ...], tuple[fx.Node, ...]] | str:
-    """(units, owned, cores) of the attention before `output`, or the reason that there is none."""
+) -> tuple[int, tuple[OwnedRows, ...], tuple[fx.Node, ...], tuple[Core, ...]] | str:
+    """(units, owned, attended, cores) of the attention before `output`, or the reason that there is none."""
     width, shape = _head_dim(output), sizes(output.input)
     if width is None or shape is None or width == 0 or output.in_features % width:
         return "its input isn't made of heads"
@@ -75,7 +79,8 @@ def find_heads(
     )
     attended = _attended(found)
     if not attended:
-        if any(_attends(n) for n in found.ends):
+        ends = [n for n in found.ends if _of_attention(n, as_projection)]
+        if any(_escapes(n, output.node) for n in ends):
             return "what its attention computes is read elsewhere too"
         return "its input isn't attention that keeps heads apart"
     owned = []
@@ -95,8 +100,14 @@ def find_heads(
             OwnedRows(entry, torch.full((1,), MANY, dtype=torch.int32), entry.out_features)
         )
     # In graph order: the first is the one whose input later predictors read.
-    cores = tuple(node for node in attended if _in_order(found.labels[node], units))
-    return units, tuple(sorted(owned, key=lambda o: o.projection.node)), cores
+    owned.sort(key=lambda o: o.projection.node)
+    tokens = torch.Size(shape[:-1]).numel()
+    cores = tuple(
+        Core(node, of_heads)
+        for node in attended
+        if (of_heads := _units_of_heads(found.labels[node], tokens)) is not None
+    )
+    return units, tuple(owned), attended, cores
 
 
 def _entry(core: fx.Node, as_projection: AsProjection) -> Projection | None:
@@ -123,13 +134,40 @@ def _attended(found: Demand) -> tuple[fx.Node, ...]:
     return tuple(sorted(filter(_attends, found.region)))
 
 
+def _of_attention(node: fx.Node, as_projection: AsProjection) -> bool:
+    """The weights of an attention or what it computes, in whatever dtype and shape."""
+    while node.target in KEEP_ATTENTION and as_projection(node) is None:
+        node = node.args[0]
+    return _attends(node)
+
+
+def _escapes(value: fx.Node, reader: fx.Node) -> bool:
+    """Some way from `value` to what the graph returns or writes leads past `reader`: it isn't just mixed on its way."""
+    pending, seen = [value], {reader}
+    while pending:
+        node = pending.pop()
+        if not node.users and node is not reader:
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.users)
+    return False
+
+
 def _attends(node: fx.Node) -> bool:
     return node.target is SDPA or node.target in SOFTMAX
 
 
-def _in_order(label: torch.Tensor, units: int) -> bool:
-    """The heads of [batch, heads, ...] or [batch * heads, ...] are the units, in their order."""
-    head = merged(label, tuple(range(label.dim() - 2, label.dim()))).reshape(label.shape[:-2])
-    if head.numel() % units or (head.dim() == 2 and head.shape[1] != units):
-        return False
-    return bool((head.reshape(-1, units) == torch.arange(units)).all())
+def _units_of_heads(label: torch.Tensor, tokens: int) -> tuple[int, ...] | None:
+    """The unit that needs each head of [batch, heads, queries, ...] or [batch * heads, queries, ...].
+
+    None where a head is needed by several, or by another in another sequence.
+    """
+    head = merged(label, tuple(range(label.dim() - 2, label.dim()))).flatten()
+    batch = max(1, tokens // label.shape[-2])
+    if head.numel() % batch:
+        return None
+    rows = head.view(batch, -1)
+    if bool((rows < 0).any() | (rows != rows[0]).any()):
+        return None
+    return tuple(rows[0].tolist())

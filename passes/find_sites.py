@@ -20,7 +20,8 @@ from dejavu_compile._compat import qualified_name
 
 from .find_heads import find_heads
 from .in_place import written
-from .others import find_others
+from .lone_attention import find_lone_attention
+from .others import find_others, op_name
 from .separable import (
     ATTENTION,
     NONLINEAR_EXEMPT,
@@ -256,13 +257,9 @@ def _walk(output: Projection, escaping: set[fx.Node], in_place: frozenset[fx.Nod
     return _Region(interior, leaves, blocked)
 
 
-def _op_name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
-
-
 def _no_site(node: fx.Node, immediate: bool) -> _NoSiteError:
     """The reason that a value in the way of the walk gives."""
-    op = _op_name(node)
+    op = op_name(node)
     if node.target in VIEWS_THAT_SPLIT:
         return _NoSiteError(
             NoSite.ATTENTION,
@@ -299,7 +296,7 @@ def _region(output: Projection, in_place: frozenset[fx.Node]) -> _Region:
         nearest = max(found)
         reader = next(user for user in nearest.users if user not in inside)
         blocked = blocked or _NoSiteError(
-            NoSite.SHARED, f"every unit counts: {_op_name(reader)} reads them too"
+            NoSite.SHARED, f"every unit counts: {op_name(reader)} reads them too"
         )
         escaping |= found
 
@@ -439,10 +436,11 @@ def _attention(output: Projection, ordinal: int, in_place: frozenset[fx.Node]) -
     found = find_heads(output, as_projection, in_place)
     if isinstance(found, str):
         return found
-    units, owned, cores = found
+    units, owned, attended, cores = found
     return Site(
         kind=SiteKind.ATTENTION, layer=layer_of(output.name, ordinal), units=units, output=output,
-        leaves=(), interior=(), dims={}, exact=None, gate=None, owned=owned, cores=cores,
+        leaves=(), interior=(), dims={}, exact=None, gate=None, owned=owned, attended=attended,
+        cores=cores,
     )  # fmt: skip
 
 
@@ -467,9 +465,10 @@ def find_sites(gm: fx.GraphModule) -> Found:
                     continue
                 reason = f"{reason}: {heads}"
             unmatched.append(Unmatched(projection, code, reason))
+    lone = find_lone_attention(gm, sites, unmatched, as_projection)
     inputs = {projection.node for site in sites for projection in site.projections}
     unmatched = [u for u in unmatched if u.projection.node not in inputs]
-    return Found(tuple(sites), tuple(unmatched), find_others(gm, as_projection))
+    return Found(tuple(sites), tuple(unmatched), find_others(gm, as_projection), lone)
 
 
 def resolve(gm: fx.GraphModule, node: fx.Node, inputs: dict[fx.Node, object]) -> torch.Tensor:

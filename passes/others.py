@@ -8,7 +8,7 @@ Together with `find_sites`, every weight of two dims or more that a graph multip
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import fx
 
@@ -49,7 +49,7 @@ def _weight(node: fx.Node) -> fx.Node | None:
 
 def _reason(node: fx.Node, value: fx.Node, weight: fx.Node) -> str:
     """Why there is no site, in words to act on."""
-    rank = len(shape_of(weight))
+    rank, used = len(shape_of(weight)), shape_of(value)
     if node.target in CONVOLUTIONS:
         return "a convolution: its output features aren't contracted by a projection alone"
     while value is not weight and value.target in SAME_ELEMENTS:
@@ -59,14 +59,32 @@ def _reason(node: fx.Node, value: fx.Node, weight: fx.Node) -> str:
             return f"one of {shape_of(weight)[0]} matrices, of which the model itself selects (experts)"
         return "a part of a matrix: only whole ones are split by unit"
     if value is not weight:
-        return f"its weight is computed at each step ({_name(value)}): store the result instead"
+        return f"its weight is computed at each step ({op_name(value)}): store the result instead"
     if rank > 2:
-        return f"a stack of matrices ({rank} dims, {_name(node)}): only matrices are split by unit"
-    return f"{_name(node)} isn't a projection of the last axis"
+        return (
+            f"a stack of matrices ({rank} dims, {op_name(node)}): only matrices are split by unit"
+        )
+    if len(used) > rank:
+        return f"a matrix in {used[0]} pieces ({op_name(node)}): only whole ones are split by unit"
+    return f"{op_name(node)} isn't a projection of the last axis"
 
 
-def _name(node: fx.Node) -> str:
+def op_name(node: fx.Node) -> str:
+    """An op as messages call it."""
     return getattr(node.target, "__name__", str(node.target)).removesuffix(".default")
+
+
+def others_in(node: fx.Node) -> Iterator[tuple[fx.Node, Other]]:
+    """The weights that `node`, which isn't a projection, multiplies by."""
+    if node.target not in PRODUCTS:
+        return
+    for value in node.all_input_nodes:
+        weight = _weight(value) if shape_of(value) is not None else None
+        if weight is not None:
+            name = qualified_name(weight) or str(weight.target)
+            tensor = weight.meta["val"]
+            size = tensor.numel() * tensor.element_size()
+            yield weight, Other(name, _reason(node, value, weight), size)
 
 
 def find_others(
@@ -75,15 +93,7 @@ def find_others(
     """Every product with a weight that `as_projection` can't read, in graph order, each weight once."""
     found: dict[fx.Node, Other] = {}
     for node in gm.graph.nodes:
-        if node.target not in PRODUCTS or as_projection(node) is not None:
-            continue
-        for value in node.all_input_nodes:
-            weight = _weight(value) if shape_of(value) is not None else None
-            if weight is None or weight in found:
-                continue
-            name = qualified_name(weight) or str(weight.target)
-            tensor = weight.meta["val"]
-            found[weight] = Other(
-                name, _reason(node, value, weight), tensor.numel() * tensor.element_size()
-            )
+        if as_projection(node) is None:
+            for weight, other in others_in(node):
+                found.setdefault(weight, other)
     return tuple(found.values())

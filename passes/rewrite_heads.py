@@ -20,7 +20,7 @@ import dejavu_compile.kernels  # noqa: F401  registers torch.ops.dejavu
 from .emit import Emitter
 from .read_attention import as_decode_attention, emit_attention
 from .separable import aten, shape_of
-from .site import Decision, Execution, OwnedRows, Projection
+from .site import Core, Decision, Execution, OwnedRows, Projection
 
 ops = torch.ops.dejavu
 
@@ -36,6 +36,14 @@ def _score(emit: Emitter, decision: Decision, tag: str) -> fx.Node:
     bias = emit.buffer(f"dejavu_{tag}_bias", predictor.bias.to(predictor.up.dtype))
     score = emit.call(aten.linear.default, decision.source, weight, bias)
     return _tokens_by(emit, score, decision.site.units)
+
+
+def _score_of_heads(emit: Emitter, score: fx.Node, core: Core, name: str) -> fx.Node:
+    """[tokens, heads of the core]: that of the unit which needs each head."""
+    if core.units == tuple(range(shape_of(score)[-1])):
+        return score
+    units = torch.tensor(core.units, device=score.meta["val"].device)
+    return emit.call(aten.index_select.default, score, 1, emit.buffer(name, units))
 
 
 def _rows(emit: Emitter, owned: OwnedRows, score: fx.Node, name: str) -> None:
@@ -88,10 +96,12 @@ def rewrite_heads(emit: Emitter, decision: Decision, tag: str) -> None:
     with emit.before(decision.source.next):
         score = _score(emit, decision, tag)
     if execution is not Execution.MASKED:
-        for core in site.cores:
-            attention = as_decode_attention(core)
+        for i, core in enumerate(site.cores):
+            attention = as_decode_attention(core.node)
             if attention is not None:
-                emit_attention(emit, attention, score)
+                with emit.before(core.node):
+                    of_heads = _score_of_heads(emit, score, core, f"dejavu_{tag}_heads{i}")
+                emit_attention(emit, attention, of_heads)
     if execution is not Execution.GATHERED:
         with emit.before(site.output.node):
             _masked(emit, decision, emit.call(aten.le.Scalar, score, 0.0))

@@ -122,6 +122,14 @@ class OwnedRows:
 
 
 @dataclass(frozen=True, slots=True)
+class Core:
+    """An attention op each of whose heads is needed by one unit alone: `units[head]`."""
+
+    node: fx.Node
+    units: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
     """A region between leaves and an output projection that is separable along one unit axis.
 
@@ -132,9 +140,10 @@ class Site:
     input of the output projection. `exact` is a carrier whose zeros the graph itself produces (ReLU...),
     `gate` the carrier that spares most weights (the activated gate of a GLU).
 
-    A site of attention has `owned` projections for leaves, and `cores`, the attention ops whose head axis is
-    the unit axis; `interior` and `dims` are empty, since every unit keeps its place. Its units are query
-    heads, each `width` elements of `hidden`, also where several heads share keys.
+    A site of attention has `owned` projections for leaves, `attended`, its attention ops, and `cores`, those of
+    them whose heads can be left out; `interior` and `dims` are empty, since every unit keeps its place. Its units
+    are query heads, or what the model makes of several, each `width` elements of `hidden`, also where several heads
+    share keys.
     """
 
     kind: SiteKind
@@ -147,7 +156,8 @@ class Site:
     exact: Carrier | None
     gate: Carrier | None
     owned: tuple[OwnedRows, ...] = ()
-    cores: tuple[fx.Node, ...] = ()
+    attended: tuple[fx.Node, ...] = ()
+    cores: tuple[Core, ...] = ()
 
     @property
     def name(self) -> str:
@@ -223,15 +233,25 @@ class Other:
 
 
 @dataclass(frozen=True, slots=True)
+class LoneAttention:
+    """An attention op that is in no site, and why. `name`: the weight that what it computes meets first."""
+
+    node: fx.Node
+    name: str | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """Result of `find_sites`: every projection of the graph is in `sites` or in `unmatched`.
 
-    `others` are the weights that no projection reads.
+    `others` are the weights that no projection reads; `lone` the attention that no site holds.
     """
 
     sites: tuple[Site, ...] = ()
     unmatched: tuple[Unmatched, ...] = ()
     others: tuple[Other, ...] = ()
+    lone: tuple[LoneAttention, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,6 +109,28 @@ class TransformerDecoderBlock(nn.TransformerDecoderLayer):
         return super().forward(x, self.memory.expand(x.size(0), -1, -1), tgt_mask=mask)
 
 
+class Differential(Attention):
+    """Differential attention by two calls, each of half of the values: a unit is the difference of two heads."""
+
+    def forward(self, x):
+        b, t, c = x.size()
+        q, k, v = (y.view(b, t, HEADS, c // HEADS).transpose(1, 2)
+                   for y in self.c_attn(x).split(WIDTH, dim=2))  # fmt: skip
+        both = [
+            F.scaled_dot_product_attention(q, k, half.repeat(1, 2, 1, 1), is_causal=True)
+            for half in v.chunk(2, dim=1)
+        ]
+        one, two = torch.cat([y.transpose(1, 2) for y in both], dim=-1).chunk(2, dim=2)
+        y = F.rms_norm(one - 0.4 * two, (one.shape[-1],))
+        return self.c_proj(y.reshape(b, t, c))
+
+
+class DifferentialBlock(Block):
+    def __init__(self):
+        super().__init__()
+        self.attn = Differential()
+
+
 class EinsumBlock(nn.Module):
     """Every projection an einsum; those of attention with weights [width, heads, head_dim]."""
 
@@ -159,6 +181,7 @@ DECODERS = {
     "nanogpt relu": lambda: Decoder([Block(nn.ReLU()) for _ in range(LAYERS)]),
     "multihead attention": lambda: Decoder([MultiheadBlock() for _ in range(LAYERS)]),
     "transformer decoder layer": lambda: Decoder([TransformerDecoderBlock() for _ in range(LAYERS)]),
+    "differential": lambda: Decoder([DifferentialBlock() for _ in range(LAYERS)]),
     "einsum": lambda: Decoder([EinsumBlock() for _ in range(LAYERS)]),
     "einsum heads": lambda: Decoder([EinsumBlock(matrices=False) for _ in range(LAYERS)]),
     "shared layers": lambda: Decoder(shared()),
@@ -166,6 +189,8 @@ DECODERS = {
 }  # fmt: skip
 # (MLPs, attentions) of a pass through the model, where not one of each a layer
 SITES = {"einsum heads": (3, 0)}
+# What reads the attention of each layer that is in no site
+LONE = {"einsum heads": "o", "transformer decoder layer": "multihead_attn.out_proj.weight"}
 
 
 def make(name):
@@ -195,9 +220,19 @@ def test_what_was_found_is_told(name):
     assert all(entry.reason for entry in (*report.sites, *report.unmatched))
     weights = {n for n, p in make(name).named_parameters() if p.dim() > 1}
     assert named <= weights
+    lone = [entry.name for entry in report.lone_attention]
+    assert lone == [f"layers.{i}.{LONE[name]}" for i in range(LAYERS) if name in LONE]
     if name == "einsum heads":
         assert {f"layers.{i}.{w}" for i in range(LAYERS) for w in "qkvo"} <= named
-        assert "stack of matrices" in str(report)
+        assert all("stack of matrices" in entry.reason for entry in report.lone_attention)
+
+
+@pytest.mark.parametrize("name", ["differential", "nanogpt"])
+def test_every_attention_of_a_layer_belongs_to_its_site(name, prepared):
+    torch.compile(make(name), backend="dejavu_eager")(ids(batch=1, length=1))
+    sites = [s for p in prepared for s in p.found.sites if s.kind == "attention"]
+    calls, units = (2, HEADS // 2) if name == "differential" else (1, HEADS)
+    assert [(s.units, len(s.attended)) for s in sites] == [(units, calls)] * LAYERS
 
 
 def attach_half(model, found):

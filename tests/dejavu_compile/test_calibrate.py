@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from accelerate import cpu_offload
 from tiny import HIDDEN, VOCABULARY, text, texts, tiny
 
 import dejavu_compile as dv
+from dejavu_compile.evaluate import Evaluation
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,8 @@ def test_model_offloaded_by_accelerate_is_refused():
         ({"density": 1.1}, "density"),
         ({"density": -0.5}, "density"),
         ({"density": float("nan")}, "density"),
+        ({"max_ppl_increase": -0.1}, "max_ppl_increase"),
+        ({"max_ppl_increase": float("nan")}, "max_ppl_increase"),
         ({"lookahead": 0}, "lookahead"),
         ({"lookahead": -1}, "lookahead"),
     ],
@@ -77,12 +81,39 @@ def test_bad_option_is_refused(options, words):
         dv.calibrate(tiny("opt"), texts(), progress=False, **options)
 
 
-def test_nan_activations_are_refused_and_the_layer_is_named():
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
+def test_nan_and_inf_activations_are_refused_and_the_layer_is_named(value):
     model = tiny("opt")
     with torch.no_grad():
-        model.model.decoder.layers[1].fc1.weight[3, 4] = float("nan")
+        model.model.decoder.layers[1].fc1.bias[3] = value
     with pytest.raises(dv.CalibrationError, match=r"layers\.1\.fc2.*NaN"):
         dv.calibrate(model, texts(), progress=False)
+
+
+def quality(increase):
+    return Evaluation(1000, 10.0, 10.0 * (1 + increase), 0.0, 1.0)
+
+
+def test_a_budget_that_cannot_be_met_names_the_sites_and_the_best(monkeypatch):
+    """Perplexity rises by 0.5 however dense, but by 0.3 at the density tried third."""
+    tried = []
+
+    def compare(*_):
+        tried.append(1)
+        return quality(0.3 if len(tried) == 3 else 0.5)
+
+    monkeypatch.setattr(sys.modules["dejavu_compile.calibrate"], "compare", compare)
+    model = tiny("llama", layers=5)
+    with pytest.raises(dv.CalibrationError) as caught:
+        dv.calibrate(model, texts(), policy="gate", max_ppl_increase=0.2, progress=False)
+    said = str(caught.value)
+    assert "within 20.00% of dense" in said
+    for layer in (0, 1, 2):
+        assert f"layers.{layer}.mlp.down_proj.weight" in said
+    assert "and 2 more would have to stay dense" in said
+    assert "+30.00% at best" in said
+    assert "with 80% of their units" in said, "bisection takes 0.25, 0.6, 0.8, 0.9"
+    assert "raise max_ppl_increase" in said
 
 
 def test_model_without_sites_is_refused():

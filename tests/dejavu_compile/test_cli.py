@@ -41,7 +41,12 @@ def run(*arguments: str) -> str:
 
 def test_calibrate_then_eval_then_bench(folder, tmp_path):
     artifact, figures = str(tmp_path / "artifact"), tmp_path / "figures.json"
-    run("calibrate", folder, "--text", TEXT, "--out", artifact, "--density", "0.5", *SMALL)
+    saved, work = tmp_path / "calibration.json", tmp_path / "work"
+    run("calibrate", folder, "--text", TEXT, "--out", artifact, "--density", "0.5", "--workdir", str(work),
+        "--json", str(saved), *SMALL)  # fmt: skip
+    written = json.loads((Path(artifact) / "dejavu_config.json").read_text())
+    assert json.loads(saved.read_text()) == written
+    assert (work / "manifest.json").exists()
     said = run("eval", folder, "--text", TEXT, "--artifact", artifact, "--json", str(figures), *SMALL)  # fmt: skip
     quality = json.loads(figures.read_text())
     assert f"{quality['perplexity_sparse']:.4f}" in said
@@ -67,11 +72,48 @@ def test_explain(folder):
     assert "fc2" in run("explain", folder, "--device", "cpu")
 
 
-def test_a_mistake_is_one_clear_message(folder, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["dejavu", "bench", folder, "--length", "40", "--device", "cpu"])  # fmt: skip
+@pytest.fixture
+def mistaken(folder, tmp_path):
+    """Things to be given for what they aren't."""
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "short.txt").write_text("x = 1")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "manifest.json").write_text('{"seed": 1}')
+    return {"MODEL": folder, "HERE": str(tmp_path), "TEXT": TEXT}
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("bench MODEL --length 40", "the cache's length doesn't fit"),
+        ("bench MODEL --artifact HERE/empty", "is not an artifact"),
+        ("bench HERE/nowhere", "no model could be loaded from"),
+        ("bench HERE/empty", "no model could be loaded from"),
+        ("explain MODEL --device abacus", "device 'abacus' can't be used"),
+        ("eval MODEL --text TEXT --artifact HERE/empty", "is not an artifact"),
+        ("verify MODEL --text HERE/short.txt", "short.txt is too short"),
+        ("verify MODEL --text HERE/latin1.txt", "is not UTF-8 text"),
+        ("verify MODEL --text TEXT --length 0", "nothing to learn"),
+        ("verify MODEL --text TEXT --windows 0", "nothing to learn"),
+        ("calibrate MODEL --text HERE/short.txt --out HERE/out", "short.txt is too short"),
+        ("calibrate MODEL --text TEXT --out HERE/out --policy best", "unknown policy 'best'"),
+        ("calibrate MODEL --text TEXT --out HERE/out --density 2", "density is out of range"),
+        ("calibrate MODEL --text TEXT --out HERE/out --workdir HERE/begun", "another calibration"),
+        ("calibrate MODEL --text TEXT --out HERE/short.txt", "is a file"),
+        ("calibrate MODEL --text HERE/nowhere.txt --out HERE/out", "does not exist"),
+        ("calibrate MODEL --text TEXT", "Missing option"),
+    ],
+)
+def test_a_mistake_is_one_clear_message(command, words, mistaken, monkeypatch, capsys):
+    for name, value in mistaken.items():
+        command = command.replace(name, value)
+    device = [] if "--device" in command else ["--device", "cpu"]
+    monkeypatch.setattr("sys.argv", ["dejavu", *command.split(), *device])
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as stopped:
         main()
     assert stopped.value.code == 2
     error = capsys.readouterr().err
-    assert "the cache's length doesn't fit" in error
+    assert words in " ".join(error.replace("│", "").split())
     assert "Traceback" not in error

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 
 from dejavu_compile.cost import SiteCost
@@ -73,3 +75,14 @@ def test_a_cache_is_read_a_sequence_and_weights_a_batch():
     assert cache_only == 8 * 100 + 10 + 4 * 4 * 1000
     density = heads.break_even(Policy.PREDICT)
     assert heads.bytes(Policy.PREDICT, density) == pytest.approx(heads.bytes(Policy.DENSE, 1.0))
+
+
+def test_rows_read_once_a_token_cost_as_often():
+    gpu = dataclasses.replace(GATED, row_by_token=True)
+    # Two tokens of 30 % each select 51 % of the units: every selected row is gone through twice
+    gathered = 0.51 * GATED.units * GATED.bytes_per_unit
+    assert gpu.bytes(Policy.PREDICT, 0.3, tokens=2) == pytest.approx(2 * gathered + 2000)
+    assert GATED.bytes(Policy.PREDICT, 0.3, tokens=2) == pytest.approx(gathered + 2000)
+    carrier = GATED.units * GATED.carrier_bytes_per_unit
+    assert gpu.bytes(Policy.GATE, 1.0, tokens=2) == pytest.approx(carrier + 4 * carrier)
+    assert gpu.break_even(Policy.PREDICT) == GATED.break_even(Policy.PREDICT)

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import NAMES, texts, tiny
 
 import dejavu_compile as dv
@@ -61,6 +62,19 @@ def test_report_prints_every_name_and_reason_and_is_json():
     assert [site["name"] for site in stored["sites"]] == [site.name for site in report.sites]
     assert len(stored["unmatched"]) == len(report.unmatched)
     assert stored["sites"][0]["density"] is None
+
+
+def test_attention_that_a_graph_break_cuts_off_is_told():
+    model = tiny("llama")
+    projection = model.model.layers[1].self_attn.o_proj
+    projection.forward = lambda x: torch._dynamo.graph_break() or F.linear(x, projection.weight)
+    report = dv.explain(model, TOKEN, use_cache=False)
+    assert [site.layer for site in report.sites if site.kind == "attention"] == [0]
+    (lone,) = report.lone_attention
+    assert "leaves its graph" in lone.reason
+    shown, stored = str(report), json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert f"{lone.name}  {lone.reason}" in shown.split("attention in no site")[1]
+    assert stored["lone_attention"] == [{"name": lone.name, "reason": lone.reason}]
 
 
 def test_bytes_equal_those_of_the_weights():

@@ -1,6 +1,7 @@
 """Heads: calibrated, kept, evaluated, compiled and run, from the public functions only."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from tiny import selecting_everything, text, texts, tiny
 from transformers import StaticCache
 
 import dejavu_compile as dv
-from dejavu_compile.passes.site import SiteKind
+from dejavu_compile import plan
+from dejavu_compile.passes.site import Execution, SiteKind
 
 LAYERS = 3
 
@@ -107,6 +109,34 @@ def test_all_heads_selected_is_lossless_through_inductor(calibrated, batch, prep
     ran = [s for p in prepared for s in p.plan.sites if s.decision.policy == "predict"]
     assert any(s.site.kind is SiteKind.ATTENTION for s in ran)
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def executions(model, batch, prepared):
+    """How each sparse site runs in a decode step of this batch: by kind."""
+    decode(model, torch.compile(model.forward, backend="dejavu_eager"), batch, steps=1)
+    sites = [s for p in prepared for s in p.plan.sites if s.decision.policy != "dense"]
+    return {(s.site.kind, s.decision.execution) for s in sites}
+
+
+@torch.no_grad()
+def test_where_rows_are_read_for_each_token_a_batch_skips_only_the_cache(
+    calibrated, prepared, monkeypatch
+):
+    model, calibration = calibrated
+    calibration.attach(model)
+    alike = executions(model, 3, prepared)
+    assert (SiteKind.ATTENTION, Execution.GATHERED) in alike
+    prepared.clear()
+    torch.compiler.reset()
+    as_on_cpu = plan.cost_of
+    monkeypatch.setattr(
+        plan, "cost_of", lambda *args: replace(as_on_cpu(*args), row_by_token=True)
+    )
+    by_token = executions(model, 3, prepared)
+    assert (SiteKind.ATTENTION, Execution.CACHE) in by_token
+    assert (SiteKind.ATTENTION, Execution.GATHERED) not in by_token
+    reasons = [s.reason for p in prepared for s in p.plan.sites if s.site.kind is SiteKind.MLP]
+    assert any("for 3 tokens" in r or "for each of 3 tokens" in r for r in reasons)
 
 
 @pytest.mark.parametrize("density", [0.0, -1.0, 1.5, float("nan")])

@@ -1,9 +1,15 @@
 """Attention sites: selected heads equal eager attention with the other heads' columns of W_O zeroed."""
 
+import copy
+
+import models
 import pytest
 import torch
+import torch.nn.functional as F
+from decoder_graph import holds_for
+from hypothesis import strategies as st
 from tiny import EVERY_NAME, text, tiny
-from torch import fx
+from torch import fx, nn
 from transformers import DynamicCache, StaticCache
 
 from dejavu_compile.passes.find_sites import find_sites
@@ -150,3 +156,72 @@ def compare_with_eager(backend, name, batch, kind, steps):
                 hook.remove()
             assert (got - want).abs().max() <= 1e-5 * want.abs().max(), f"step {step}"
     assert 0.2 < torch.stack(fractions).mean() < 0.8
+
+
+class Pairs(nn.Module):
+    """A unit is the difference of two heads, which lie side by side or in two halves; keys come from a cache."""
+
+    HEADS, DIM, WIDTH = 6, 4, 10
+
+    def __init__(self, side_by_side, spelling, seed):
+        super().__init__()
+        self.side_by_side, self.spelling = side_by_side, spelling
+        make = torch.Generator().manual_seed(seed)
+        size = self.HEADS * self.DIM
+        self.q = nn.Parameter(torch.randn(size, self.WIDTH, generator=make))
+        self.out = nn.Parameter(torch.randn(self.WIDTH, size // 2, generator=make))
+
+    def attend(self, q, k, v):
+        if self.spelling == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v)
+        if self.spelling == "bmm":
+            flat = [x.flatten(0, 1) for x in (q, k, v)]
+            y = torch.bmm(torch.bmm(flat[0], flat[1].mT).softmax(-1), flat[2])
+            return y.view(q.shape)
+        return (q @ k.mT).softmax(-1) @ v
+
+    def forward(self, x, k, v, keep=None):
+        q = F.linear(x, self.q).view(*x.shape[:2], self.HEADS, self.DIM).transpose(1, 2)
+        y = self.attend(q, k, v).transpose(1, 2)
+        one, two = (y[:, :, ::2], y[:, :, 1::2]) if self.side_by_side else y.chunk(2, dim=2)
+        y = F.layer_norm(one - 0.7 * two, (self.DIM,))
+        if keep is not None:
+            y = y * keep[:, None]
+        return F.linear(y.flatten(2), self.out)
+
+
+def only(kept):
+    """A pass that lets these units of the one site run, in any sequence."""
+
+    def run(gm):
+        (site,) = find_sites(gm).sites
+        up, bias = torch.zeros(site.units, Pairs.WIDTH), torch.where(kept, 1.0, -1.0)
+        decision = Decision(
+            site, Policy.PREDICT, Execution.GATHERED, site.input, PredictorWeights(None, up, bias)
+        )
+        return site, rewrite(gm, (decision,))
+
+    return run
+
+
+@holds_for(
+    st.booleans(), st.sampled_from(["sdpa", "matmul", "bmm"]), st.integers(1, 3),
+    st.integers(0, 7), st.integers(0, 2**16), one_in=1,
+)  # fmt: skip
+def test_a_unit_made_of_two_heads_reads_the_cache_of_both_and_of_no_others(
+    side_by_side, spelling, batch, kept, seed
+):
+    model = Pairs(side_by_side, spelling, seed).requires_grad_(False)
+    units = Pairs.HEADS // 2
+    kept = torch.tensor([bool(kept >> u & 1) for u in range(units)])
+    make = torch.Generator().manual_seed(seed + 1)
+    x = torch.randn(batch, 1, Pairs.WIDTH, generator=make)
+    k, v = torch.randn(2, batch, Pairs.HEADS, 7, Pairs.DIM, generator=make)
+    want = copy.deepcopy(model).double()(x.double(), k.double(), v.double(), kept)
+    plain = model(x, k, v, kept)
+    heads = kept.repeat_interleave(2) if side_by_side else kept.repeat(2)
+    k[:, ~heads] = v[:, ~heads] = torch.nan
+    got, recorder = models.record(model, x, k, v, passes=(only(kept),))
+    site, _ = recorder.results[0]
+    assert (site.kind, site.units, len(site.cores)) == (SiteKind.ATTENTION, units, 1)
+    models.assert_as_exact_as(plain, got, want)
