@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _recall(calibration: Any) -> float:
     """The share of the contributions that the selected units make, mean over the sites with a predictor."""
-    recalls = [s.recall for s in calibration.sites if s.predictor is not None]
+    recalls = [s.metrics.recall for s in calibration.sites if s.predictor is not None]
     return sum(recalls) / len(recalls) if recalls else float("nan")
 
 
