@@ -40,9 +40,8 @@ from dejavu_compile.bench import (
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4}
-ROOM = (
-    8 << 30
-)  # bytes of a GPU that activations, caches and CUDA graphs may need beside two models
+# Bytes of a GPU that activations, caches and CUDA graphs may need beside two models
+ROOM = 8 << 30
 
 
 def run(
@@ -112,14 +111,12 @@ def run(
 
 
 def in_float32(model: nn.Module, args: argparse.Namespace, length: int) -> nn.Module | None:
-    """The same model in fp32, or None where that is its dtype, or doesn't fit beside it on the GPU."""
+    """A model of the same shape in fp32, or None where that is its dtype, or doesn't fit beside it on the GPU."""
     needed = 4 * sum(p.numel() for p in model.parameters()) + ROOM
     first = next(model.parameters())
     if first.dtype == torch.float32 or not first.is_cuda or needed > torch.cuda.mem_get_info()[0]:
         return None
-    wide = build(args.shape, "cuda", torch.float32, args.layers, length, args.attention_only)
-    wide.load_state_dict(model.state_dict())
-    return wide
+    return build(args.shape, "cuda", torch.float32, args.layers, length, args.attention_only)
 
 
 def compared_with(
@@ -134,6 +131,7 @@ def compared_with(
     tolerance = TOLERANCE[model.dtype]
     if wide is None:
         return {"logits": own, "tolerance": tolerance}
+    wide.load_state_dict(model.state_dict())  # each time: `attach_gates` changes weights
     expected = oracle_logits(wide, [k.in_model(model, wide) for k in kept], length, batch)
     eager = ((own - expected).norm() / expected.norm()).item()
     return {"logits": expected, "tolerance": max(tolerance, 1.5 * eager), "eager_error": eager}

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dejavu_compile as dv
 from dejavu_compile.batches import check_batches
-from dejavu_compile.bench import environment, mlps, write
+from dejavu_compile.bench import environment, linears, mlps, write
 from dejavu_compile.calibrate import remeasured
 from dejavu_compile.collect import Recording, collect
 from dejavu_compile.evaluate import compare, evaluate
@@ -43,7 +43,7 @@ DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 def oracle(model: nn.Module, batches: list[torch.Tensor], density: float, first: int) -> Any:
     """Evaluation with the best units by contribution kept, in every layer from `first` on."""
-    modules = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    modules = linears(model)
 
     def keep_best(module: nn.Module, args: tuple) -> tuple:
         hidden = args[0]

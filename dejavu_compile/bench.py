@@ -134,6 +134,11 @@ def attentions(model: nn.Module) -> list[Part]:
     return [Part((q.weight,), o.weight, heads) for q, o in found]
 
 
+def linears(model: nn.Module) -> dict[int, nn.Linear]:
+    """The linear modules of a model by the id of their weight."""
+    return {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+
+
 @dataclass(frozen=True, slots=True)
 class Kept:
     """What a step runs of one part: the columns of `out` in `mask`, or the units whose |act(gate)| passes a threshold.
@@ -145,8 +150,8 @@ class Kept:
     mask: torch.Tensor | None = None
     threshold: float = 0.0
 
-    def zero_others(self, modules: dict[int, nn.Module]) -> RemovableHandle:
-        """A hook on the eager model. `modules`: linear modules by the id of their weight."""
+    def zero_others(self, modules: dict[int, nn.Linear]) -> RemovableHandle:
+        """A hook on the eager model, of which `modules` are the `linears`."""
         if self.mask is None:
             return self.part.act.register_forward_hook(
                 lambda module, args, out: out * (out.abs() > self.threshold)
@@ -205,7 +210,7 @@ def attach_heads_per_sequence(
     Later steps have sources near to these.
     """
     parts = attentions(model)
-    modules = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    modules = linears(model)
     wanted, kept = [], []
     for number, part in enumerate(parts[1:], 1):
         order = torch.rand(batch, part.units, generator=torch.Generator().manual_seed(number))
@@ -245,7 +250,7 @@ def attach_gates(model: nn.Module, density: float, length: int, batch: int = 1) 
     well above for the others. Gates of later steps lie around it like any.
     """
     parts, step = mlps(model), DecodeStep(model, model.forward, length, batch)
-    modules = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    modules = linears(model)
     thresholds = []
 
     def clear(number: int, weight: nn.Parameter, inputs: torch.Tensor) -> None:
@@ -430,7 +435,7 @@ def timeline(call: Callable[[], Any]) -> list[dict[str, Any]]:
 def oracle_logits(model: nn.Module, kept: list[Kept], length: int, batch: int = 1) -> torch.Tensor:
     """Logits of the eager step with all units zeroed that `kept` leaves out of the parts it names."""
     step = DecodeStep(model, model.forward, length, batch)
-    modules = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    modules = linears(model)
     handles = [part.zero_others(modules) for part in kept]
     logits = step().float().clone()
     for handle in handles:
