@@ -17,6 +17,7 @@ from dejavu_compile.predictors import (
     threshold_for_density,
     threshold_for_recall,
 )
+from dejavu_compile.predictors import _slope as slope
 
 WIDTH, UNITS, TRUE_RANK = 24, 64, 4
 
@@ -81,6 +82,15 @@ def test_score_is_the_log_of_the_expected_contribution(fitted):
     )
 
 
+def test_slope_is_the_derivative_of_the_weighted_cross_entropy():
+    g = torch.Generator().manual_seed(0)
+    score = torch.randn(50, 20, generator=g, dtype=torch.float64, requires_grad=True)
+    weight = torch.rand(50, 20, generator=g, dtype=torch.float64) * 30
+    runs, skipped = score.sigmoid().log(), (-score).sigmoid().log()
+    (derivative,) = torch.autograd.grad(-(weight * runs + skipped).sum(), score)
+    torch.testing.assert_close(slope(score.detach(), weight), derivative)
+
+
 def test_fit_starts_at_what_each_unit_does_on_average():
     examples = planted(1)
     predictor = fit_predictors([examples], [8], seed=0, steps=0)[0]
@@ -133,6 +143,18 @@ def test_quantized_predictor_scores_as_the_fp32_one_does(fitted):
     assert (rounded - exact).norm() < 0.1 * (exact - exact.mean()).norm()
     threshold = threshold_for_density(exact, 0.2)
     assert ((exact > threshold) != (rounded > threshold)).float().mean() < 0.03
+
+
+def test_channels_that_hardly_move_do_not_cost_the_others_their_precision():
+    """Beside channels with all that is to know, seven of noise, a thousand times quieter."""
+    site, g = planted(0), torch.Generator().manual_seed(1)
+    noise = torch.randn(site.tokens, 7, generator=g) * 1e-3
+    with_noise = SiteExamples(torch.cat([site.source, noise], 1), site.hidden, site.column_norm)
+    predictor = fit_predictors([with_noise], [8], seed=0, steps=300)[0]
+    assert predictor.down[:, -7:].eq(0).all()
+    assert predictor.down[:, :-7].ne(0).all()
+    exact, rounded = (p.score(with_noise.source) for p in (predictor, predictor.quantized()))
+    assert (rounded - exact).norm() < 0.2 * (exact - exact.mean()).norm()
 
 
 def test_quantized_weights_are_the_fp32_ones_to_half_a_step(fitted):
