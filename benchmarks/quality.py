@@ -225,13 +225,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         add("oracle", density, density, oracle(model, held_out, density, first=1))
     result = {"model": Path(args.model).name, "parameters": model.num_parameters(),
               "windows": args.windows, "calibration_s": seconds, "rows": rows}  # fmt: skip
-    if args.budgets:
-        result["budgets"] = [within(model, text, held_out, budget) for budget in args.budgets]
+    write(args.out, result | {"partial": True})
     if args.existence:
         checked = dv.verify(model, held_out[:EXISTENCE_BATCHES], args.densities, progress=False)
         print(checked, flush=True)
         checked.plot(args.out.with_suffix(".png"))
         result["existence"] = checked.to_dict()
+        write(args.out, result | {"partial": True})
+    for budget in args.budgets:
+        result.setdefault("budgets", []).append(within(model, text, held_out, budget))
+        write(args.out, result | {"partial": True})
     return result
 
 
