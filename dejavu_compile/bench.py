@@ -305,6 +305,9 @@ def _head_predictor(part: Part, budget: float, seed: int) -> PredictorWeights:
     return PredictorWeights(None, up, torch.empty(part.units, device=part.out.device))
 
 
+PROMPT_CHUNK = 1024  # tokens: attention that keeps all its weights needs the square of them
+
+
 class DecodeStep:
     """One decode step of a transformers model with a static cache of `length` slots, at batch `batch`."""
 
@@ -318,13 +321,16 @@ class DecodeStep:
         self.position = torch.full((batch, 1), self.start, device=device)
         self.mask = torch.ones(batch, 1, 1, length, dtype=torch.bool, device=device)
         self.prompt = torch.arange(batch * self.start, device=device).view(batch, -1) % 1000 + 5
+        positions = torch.arange(self.start, device=device).expand(batch, -1)
         with torch.no_grad():
-            model.forward(
-                input_ids=self.prompt,
-                position_ids=torch.arange(self.start, device=device).expand(batch, -1),
-                past_key_values=self.cache,
-                use_cache=True,
-            )
+            for begin in range(0, self.start, PROMPT_CHUNK):
+                part = slice(begin, begin + PROMPT_CHUNK)
+                model.forward(
+                    input_ids=self.prompt[:, part],
+                    position_ids=positions[:, part],
+                    past_key_values=self.cache,
+                    use_cache=True,
+                )
 
     @torch.no_grad()
     def with_prompt(self) -> None:

@@ -22,9 +22,20 @@ from .workdir import Memory, Rows, Store, Tensors
 log = logging.getLogger(__name__)
 
 # Bytes of recorded activations to hold in memory at most: tokens are cut to fit, evenly over all sites.
-MEMORY_BUDGET = 4 << 30
+MEMORY_BUDGET = 4 << 30  # of a CPU's
+GPU_SHARE = 3  # one part in so many of what a model leaves of its GPU
 VALUES = ("source", "hidden", "carrier")
 RECORDED_GRAPHS = 512  # of one function: more than any decoder has layers
+
+
+def memory_budget(model: nn.Module) -> int:
+    """Bytes for recorded activations. By what a GPU has, not by what is free on it: the same call uses the same text."""
+    devices = {p.device for p in model.parameters()}
+    if any(device.type != "cuda" for device in devices):
+        return MEMORY_BUDGET
+    total = sum(torch.cuda.get_device_properties(device).total_memory for device in devices)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return (total - weights) // GPU_SHARE
 
 
 @dataclass(slots=True)
@@ -280,7 +291,7 @@ def collect(
 ) -> list[Recording]:
     """Run `batches` and record every site of these kinds, in graph order, until `max_tokens` tokens a site.
 
-    Each batch's values go to `store`, by default memory, which holds MEMORY_BUDGET bytes: fewer tokens, with a
+    Each batch's values go to `store`, by default memory, which holds `memory_budget` bytes: fewer tokens, with a
     warning. Raises CalibrationError if the model has no site, or a site with NaN or inf (named), or for too
     little memory; DiskFullError.
     """
@@ -300,7 +311,8 @@ def collect(
             limit = max_tokens
             if not store.on_disk:
                 limit = min(
-                    limit, MEMORY_BUDGET // sum(r.bytes_per_token for r in recordings.values())
+                    limit,
+                    memory_budget(model) // sum(r.bytes_per_token for r in recordings.values()),
                 )
             if tokens >= limit:
                 progress("collect", len(batches), len(batches))

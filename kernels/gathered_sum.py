@@ -156,7 +156,7 @@ def sum_config(n: int, d: int, tokens: int = 1) -> dict[str, int]:
     if tokens > 1:
         block_j, block_d = (32, 64) if d <= 4096 else (16, 128)
         block_d = min(block_d, power_of_2(d))
-        splits = max(1, min(16, 8 * PROCESSORS // cdiv(d, block_d), cdiv(n, 64)))
+        splits = max(1, min(16, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 64)))
         return {
             "BLOCK_J": block_j,
             "BLOCK_D": block_d,

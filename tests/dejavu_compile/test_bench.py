@@ -108,3 +108,11 @@ def test_measure_reports_errors_and_recompiles(model):
     assert row["error"] < 1e-5
     assert row["recompiles"] == 0
     assert 0 < row["p20"] <= row["p50"] <= row["p80"]
+
+
+@torch.no_grad()
+def test_a_prompt_in_parts_is_the_same_prompt(model, monkeypatch):
+    whole = bench.DecodeStep(model, model.forward, LENGTH, batch=2)()
+    monkeypatch.setattr(bench, "PROMPT_CHUNK", 24)
+    parts = bench.DecodeStep(model, model.forward, LENGTH, batch=2)()
+    assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()

@@ -6,6 +6,7 @@ import logging
 import resource
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -360,3 +361,14 @@ def test_no_memory_for_one_sequence_is_a_clear_error(monkeypatch):
     Small(monkeypatch, 0)
     with pytest.raises(dv.CalibrationError, match=r"one sequence of 48 tokens(.|\n)*workdir="):
         dv.calibrate(tiny("opt"), texts(), progress=False)
+
+
+def test_a_gpu_keeps_a_third_of_what_the_model_leaves_of_it(monkeypatch):
+    weight = SimpleNamespace(
+        device=torch.device("cuda", 0), numel=lambda: 1000, element_size=lambda: 2
+    )
+    model = SimpleNamespace(parameters=lambda: iter([weight, weight]))
+    card = SimpleNamespace(total_memory=10_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert collecting.memory_budget(model) == 2000
+    assert collecting.memory_budget(tiny("opt")) == collecting.MEMORY_BUDGET
