@@ -115,18 +115,16 @@ def _sum_kernel(
             wait_for_previous(EARLY)
         start = first
         if FOUR:
-            total0, total1, total2, total3 = _add(
-                total0, total1, total2, total3, values, n, slot, unit, w, last, TOKENS - group, COMPACTED
-            )  # fmt: skip
-            total0, total1, total2, total3 = _add(
-                total0, total1, total2, total3, values, n, slot1, unit1, w1, last, TOKENS - group, COMPACTED
-            )  # fmt: skip
-            total0, total1, total2, total3 = _add(
-                total0, total1, total2, total3, values, n, slot2, unit2, w2, last, TOKENS - group, COMPACTED
-            )  # fmt: skip
-            total0, total1, total2, total3 = _add(
-                total0, total1, total2, total3, values, n, slot3, unit3, w3, last, TOKENS - group, COMPACTED
-            )  # fmt: skip
+            slots, units, ws = (
+                (slot, slot1, slot2, slot3),
+                (unit, unit1, unit2, unit3),
+                (w, w1, w2, w3),
+            )
+            for k in tl.static_range(4):
+                total0, total1, total2, total3 = _add(
+                    total0, total1, total2, total3, values, n, slots[k], units[k], ws[k], last,
+                    TOKENS - group, COMPACTED,
+                )  # fmt: skip
             start += 4 * BLOCK_J
             slot += 4 * BLOCK_J
             unit, w = _asked(weight_ptr, index_ptr, slot, last, column, n, d, weight_stride)

@@ -116,22 +116,17 @@ def _head_sum_kernel(
         wait_for_previous(EARLY)
         begin = split
         if FOUR:
-            total0, total1, total2, total3 = _add(
-                total0, total1, total2, total3, hidden, scores, heads, at, row, live, w,
-                WIDTH, TOKENS - group, TOKENS > 1,
-            )  # fmt: skip
-            total0, total1, total2, total3 = _add(
-                total0, total1, total2, total3, hidden, scores, heads, at1, row1, live1, w1,
-                WIDTH, TOKENS - group, TOKENS > 1,
-            )  # fmt: skip
-            total0, total1, total2, total3 = _add(
-                total0, total1, total2, total3, hidden, scores, heads, at2, row2, live2, w2,
-                WIDTH, TOKENS - group, TOKENS > 1,
-            )  # fmt: skip
-            total0, total1, total2, total3 = _add(
-                total0, total1, total2, total3, hidden, scores, heads, at3, row3, live3, w3,
-                WIDTH, TOKENS - group, TOKENS > 1,
-            )  # fmt: skip
+            ats, rows, lives, ws = (
+                (at, at1, at2, at3),
+                (row, row1, row2, row3),
+                (live, live1, live2, live3),
+                (w, w1, w2, w3),
+            )
+            for k in tl.static_range(4):
+                total0, total1, total2, total3 = _add(
+                    total0, total1, total2, total3, hidden, scores, heads, ats[k], rows[k], lives[k], ws[k],
+                    WIDTH, TOKENS - group, TOKENS > 1,
+                )  # fmt: skip
             begin += 4 * splits
             at, row, live = _block_of(begin, running, place, head, WIDTH, BLOCK_J)
             w = rows_of(weight_ptr, row, live, column, d, weight_stride)

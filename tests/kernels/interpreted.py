@@ -43,6 +43,8 @@ DTYPES = pytest.mark.parametrize(
     ids=lambda dtype: str(dtype).removeprefix("torch."),
 )
 TOKENS = pytest.mark.parametrize("m", [1, 3], ids=["m1", "m3"])
+# Rows are read once for four tokens at most
+SEVERAL = pytest.mark.parametrize("m", [1, 3, 6], ids=["m1", "m3", "m6"])
 # The interpreter takes milliseconds a program
 SIZES = pytest.mark.parametrize(
     ("n", "d"), [(9, 63)] if INTERPRETED else [(100, 63), (1000, 128), (3001, 2048), (515, 4100)],
@@ -205,7 +207,7 @@ def test_select_keeps_nan(kind, width):
 
 
 @DTYPES
-@TOKENS
+@SEVERAL
 @SIZES
 @SHARES
 def test_rows(n, d, m, dtype, share):
@@ -233,7 +235,7 @@ def test_activations(activation, m):
 
 
 @DTYPES
-@TOKENS
+@SEVERAL
 @SHARES
 @pytest.mark.parametrize("activation", ["silu"])
 def test_glu_of_interleaved_rows(m, dtype, share, activation):
@@ -257,7 +259,7 @@ def test_strided_bias():
 
 
 @DTYPES
-@TOKENS
+@SEVERAL
 @SIZES
 def test_gemv(n, d, m, dtype):
     x = randn(m, d, dtype=dtype)
@@ -275,7 +277,7 @@ def test_gemv(n, d, m, dtype):
 
 @pytest.mark.parametrize("compacted", [True, False], ids=["by_slot", "by_unit"])
 @DTYPES
-@TOKENS
+@SEVERAL
 @SIZES
 @SHARES
 def test_sum(n, d, m, dtype, share, compacted):
@@ -306,7 +308,7 @@ def test_many_units():
 
 
 @DTYPES
-@TOKENS
+@SEVERAL
 def test_rows_times_a_gate_that_is_known(dtype, m):
     n, d = 70, 63
     x, weight, times = randn(m, d, dtype=dtype), randn(n, d, dtype=dtype), randn(m, n, dtype=dtype)
@@ -334,7 +336,7 @@ def scores(m, heads, share):
 
 
 @DTYPES
-@TOKENS
+@SEVERAL
 @pytest.mark.parametrize("share", ["none", "some", "all"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("d", [63] if INTERPRETED else [63, 2048, 4100, 9216])
@@ -357,7 +359,7 @@ def test_gemv_skips_rows_of_heads_that_do_not_run(dtype, m, share, bias, d):
 
 
 @DTYPES
-@TOKENS
+@SEVERAL
 @pytest.mark.parametrize("share", ["none", "some", "all"])
 @pytest.mark.parametrize(
     ("heads", "width", "d"), [(4, 12, 70)] if INTERPRETED else [(4, 12, 70), (72, 128, 4100)]
