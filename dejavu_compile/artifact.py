@@ -28,7 +28,8 @@ from .evaluate import Evaluation
 from .predictors import Predictor, SiteMetrics, ThresholdCurve
 from .workdir import replacing
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+READABLE = {2, 3}  # 3 has sensitivities of gates
 CONFIG = "dejavu_config.json"
 TENSORS = "predictors.safetensors"
 
@@ -44,7 +45,10 @@ class WeightLayout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SiteRecord:
-    """One site of an artifact. `source` names the site whose input the predictor reads."""
+    """One site of an artifact. `source` names the site whose input the predictor reads.
+
+    sensitivity: [units] fp32, by which the magnitudes of a gate count (`dejavu_compile.sensitivity`); None for ones.
+    """
 
     kind: SiteKind
     name: str
@@ -60,10 +64,11 @@ class SiteRecord:
     source: str | None = None
     lookahead: int = 0
     metrics: SiteMetrics | None = None
+    sensitivity: torch.Tensor | None = None
 
     @property
     def threshold(self) -> float:
-        """The score (or gate magnitude) above which a unit is selected, at this record's density."""
+        """The score (of a gate: magnitude times sensitivity) above which a unit is selected, at this record's density."""
         return self.curve.at(self.density)
 
     @property
@@ -187,6 +192,11 @@ class Calibration:
             for part in ("down", "up", "bias", "scale")
             if getattr(site.predictor, part) is not None
         }
+        tensors |= {
+            f"{site.name}.sensitivity": site.sensitivity.detach().cpu().contiguous()
+            for site in self.sites
+            if site.sensitivity is not None
+        }
         with replacing(folder / TENSORS, folder / CONFIG) as (partial, config):
             save_file(tensors, partial)
             config.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
@@ -300,6 +310,9 @@ def attach_calibration(model: nn.Module, calibration: Calibration) -> None:
                 density=site.metrics.density if site.metrics is not None else site.density,
                 fingerprint=site.fingerprint,
                 threshold=site.threshold if sparse else 0.0,
+                sensitivity=None
+                if site.sensitivity is None
+                else site.sensitivity.to(weight.device),
                 predictor=_predictor_weights(site, weight) if site.predictor is not None else None,
                 source=weakref.ref(weights[site.source]) if site.source is not None else None,
                 lookahead=site.lookahead,
@@ -327,7 +340,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} is not readable JSON", found=str(error)) from None
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise ArtifactError(
             f"{path} has a format that this version can't read", found=f"format version {version}",
             expected=f"format version {FORMAT_VERSION}",
@@ -357,13 +370,19 @@ def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: P
                 )
             parts[part] = tensor
         predictor = Predictor(**parts)
+    sensitivity = tensors.get(f"{name}.sensitivity")
+    if sensitivity is not None and not (sensitivity.isfinite() & (sensitivity >= 0)).all():
+        raise ArtifactError(
+            f"the sensitivity of {name} in {path} holds NaN, inf or negative values",
+            fix="calibrate again",
+        )
     curve = config["curve"]
     metrics = config["metrics"]
     return SiteRecord(
         kind=SiteKind(config["kind"]), name=name, layer=config["layer"], units=config["units"], policy=Policy(config["policy"]),
         num_weights=config["num_weights"],
         fingerprint=config["fingerprint"], density=config["density"], source=config["source"],
-        lookahead=config["lookahead"], predictor=predictor,
+        lookahead=config["lookahead"], predictor=predictor, sensitivity=sensitivity,
         metrics=SiteMetrics(**metrics) if metrics else None,
         layouts=tuple(WeightLayout(**layout) for layout in config["layouts"]),
         curve=ThresholdCurve(tuple(curve["densities"]),

@@ -29,13 +29,15 @@ class Attachment:
     """What calibration decided for one site.
 
     `source` is the output weight of the site whose input the predictor reads, `lookahead` layers
-    earlier: the one declared edge. `fingerprint` is that of the site's output weight.
+    earlier: the one declared edge. `fingerprint` is that of the site's output weight. Of a gate, units run where
+    |gate| * sensitivity is above `threshold`; sensitivity [units] fp32 on the weight's device, None for ones.
     """
 
     policy: Policy
     density: float
     fingerprint: str
     threshold: float = 0.0
+    sensitivity: torch.Tensor | None = None
     predictor: PredictorWeights | None = None
     source: weakref.ref | None = None
     lookahead: int = 0

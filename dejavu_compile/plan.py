@@ -198,6 +198,7 @@ def _decide(
         decision = Decision(
             site, policy, execution, source, predictor,
             attachment.threshold if attachment is not None else 0.0,
+            attachment.sensitivity if attachment is not None else None,
         )  # fmt: skip
     except _StayDenseError as why:
         decision, reason = Decision(site, Policy.DENSE, Execution.GATHERED), str(why)

@@ -227,11 +227,12 @@ void select(const T* source, const W* down, const W* up, const float* bias, int3
 }
 
 template <class T>
-void compact(const T* values, float threshold, int32_t* index, int32_t* count, int64_t tokens, int64_t n) {
+void compact(const T* values, float threshold, const float* scale, int32_t* index, int32_t* count, int64_t tokens,
+             int64_t n) {
   std::vector<uint8_t> keep(n);
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t unit = 0; unit < n; ++unit)
-      keep[unit] |= !(std::fabs(float(values[t * n + unit])) <= threshold);
+      keep[unit] |= !(std::fabs(float(values[t * n + unit])) * (scale ? scale[unit] : 1.0f) <= threshold);
   *count = listed(keep, index);
 }
 
@@ -317,9 +318,9 @@ void attention(const T* q, const T* k, const T* v, const float* added, const boo
     else                                                                                                     \
       select(source, (const T*)down, (const T*)up, bias, index, count, tokens, width, rank, n, threads);     \
   }                                                                                                          \
-  extern "C" void compact_##SUFFIX(const T* values, float threshold, int32_t* index, int32_t* count,        \
-                                   int64_t tokens, int64_t n) {                                              \
-    compact(values, threshold, index, count, tokens, n);                                                     \
+  extern "C" void compact_##SUFFIX(const T* values, float threshold, const float* scale, int32_t* index,    \
+                                   int32_t* count, int64_t tokens, int64_t n) {                              \
+    compact(values, threshold, scale, index, count, tokens, n);                                              \
   }                                                                                                          \
   extern "C" void attention_##SUFFIX(const T* q, const T* k, const T* v, const float* added,                \
                                      const bool* kept, const bool* chosen, T* out, int64_t batch, int64_t heads,               \

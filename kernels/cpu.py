@@ -28,7 +28,7 @@ _SIGNATURES = {
     "sum": [_P] * 4 + [_L] * 5 + [_I] * 2,
     "select": [_P] * 6 + [_L] * 4 + [_I] * 2,
     "attention": [_P] * 7 + [_L] * 6 + [_P, ctypes.c_float, ctypes.c_float, _I],
-    "compact": [_P, ctypes.c_float, _P, _P, _L, _L],
+    "compact": [_P, ctypes.c_float, _P, _P, _P, _L, _L],
 }
 
 
@@ -134,15 +134,26 @@ def selected(
     return index, count
 
 
-def compacted(values: Tensor, threshold: float) -> tuple[Tensor, Tensor] | None:
+def compacted(
+    values: Tensor, threshold: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor] | None:
     """`compact_reference`, or None where there is no C++ form."""
     form = function("compact", values.dtype)
     if form is None:
         return None
     values = values.contiguous()
+    scale = None if scale is None else scale.contiguous()
     tokens, n = values.shape
     index, count = torch.empty(n, dtype=torch.int32), torch.empty((), dtype=torch.int32)
-    form(values.data_ptr(), threshold, index.data_ptr(), count.data_ptr(), tokens, n)
+    form(
+        values.data_ptr(),
+        threshold,
+        _pointer(scale),
+        index.data_ptr(),
+        count.data_ptr(),
+        tokens,
+        n,
+    )
     return index, count
 
 

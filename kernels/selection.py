@@ -1,6 +1,6 @@
 """A selection: which units run, as a sorted list on the device with its count beside it.
 
-    compact: values [m, n], threshold  ->  index [n] int32, count [] int32
+    compact: values [m, n], threshold, scale [n]  ->  index [n] int32, count [] int32
 
 The first `count` entries of `index` are the selected units in ascending order, the rest are 0 (a valid
 unit, never read for its weights). No host sync, no atomics: the same input gives the same list, always. Of values
@@ -21,12 +21,15 @@ SEGMENT = 32  # units that one program of `select` lists
 SCATTERED = 1024  # units that one program of the launch after that moves
 
 
-def compact_reference(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """A unit is selected if |value| is above `threshold` for any token; NaN always is.
+def compact_reference(
+    values: Tensor, threshold: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A unit is selected if |value| * scale is above `threshold` for any token; NaN always is.
 
-    values [m, n], any float dtype.
+    values [m, n], any float dtype; scale [n] fp32, None for ones. Compared in fp32.
     """
-    return listed(~(values.abs().float() <= threshold))
+    score = values.abs().float()
+    return listed(~((score if scale is None else score * scale) <= threshold))
 
 
 def listed(keep: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,20 +51,25 @@ def list_segment(keep, unit, local_ptr, counts_ptr, segment, n, SEGMENT: tl.cons
 
 
 @jit
-def _kept(values_ptr, unit, limit, n, TOKENS: tl.constexpr):
+def _kept(values_ptr, scale_ptr, unit, limit, n, TOKENS: tl.constexpr, SCALE: tl.constexpr):
     """1 for the units above the limit for any token, else 0."""
     keep = (unit < 0).to(tl.int32)
+    if SCALE:
+        scale = tl.load(scale_ptr + unit, mask=unit < n, other=0.0)
     for token in tl.static_range(TOKENS):
         value = tl.load(values_ptr + token * n + unit, mask=unit < n, other=0.0).to(tl.float32)
+        score = tl.abs(value)
+        if SCALE:
+            score *= scale
         # "not below", so that NaN is kept
-        keep = keep | tl.where(tl.abs(value) <= limit, 0, 1)
+        keep = keep | tl.where(score <= limit, 0, 1)
     return tl.where(unit < n, keep, 0)
 
 
 @jit
 def _compact_kernel(
-    values_ptr, index_ptr, count_ptr, threshold, n,
-    TOKENS: tl.constexpr, BLOCK: tl.constexpr, EVERY: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
+    values_ptr, scale_ptr, index_ptr, count_ptr, threshold, n,
+    SCALE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, EVERY: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program for BLOCK units. Each counts all units anew, EVERY a round, so that none waits for another."""
     wait_for_previous(EARLY)
@@ -72,13 +80,13 @@ def _compact_kernel(
     earlier = tl.zeros([EVERY], dtype=tl.int32)
     for turn in tl.static_range(ROUNDS):
         unit = turn * EVERY + tl.arange(0, EVERY)
-        keep = _kept(values_ptr, unit, limit, n, TOKENS)
+        keep = _kept(values_ptr, scale_ptr, unit, limit, n, TOKENS, SCALE)
         kept += keep
         earlier += tl.where(unit < first, keep, 0)
     total = tl.sum(kept, axis=0)
 
     unit = first + tl.arange(0, BLOCK)
-    keep = _kept(values_ptr, unit, limit, n, TOKENS)
+    keep = _kept(values_ptr, scale_ptr, unit, limit, n, TOKENS, SCALE)
     place = tl.sum(earlier, axis=0) + tl.cumsum(keep, axis=0) - keep
     tl.store(index_ptr + place, unit, mask=keep != 0)
     tl.store(index_ptr + unit, 0, mask=(unit >= total) & (unit < n))
@@ -132,14 +140,18 @@ def scatter(kernel, local: Tensor, counts: Tensor, n: int) -> tuple[Tensor, Tens
     return index, count.view(())
 
 
-def launch_compact(kernel, values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def launch_compact(
+    kernel, values: Tensor, threshold: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Launch `_compact_kernel`, wrapped or not."""
     values = values.contiguous()
+    scale = None if scale is None else scale.contiguous()
     tokens, n = values.shape
     index, count = _outputs(values, n)
     every = min(8192, power_of_2(n))
     kernel[(cdiv(n, COMPACTED),)](
-        values, index, count, threshold, n, TOKENS=tokens, BLOCK=COMPACTED, EVERY=every,
+        values, values if scale is None else scale, index, count, threshold, n,
+        SCALE=scale is not None, TOKENS=tokens, BLOCK=COMPACTED, EVERY=every,
         ROUNDS=cdiv(n, every), EARLY=False, num_warps=8,
     )  # fmt: skip
     return index, count.view(())
@@ -150,19 +162,26 @@ def fake_selection(like: Tensor, n: int) -> tuple[Tensor, Tensor]:
     return like.new_empty(n, dtype=torch.int32), like.new_empty((), dtype=torch.int32)
 
 
-def _fake_compact(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def _fake_compact(
+    values: Tensor, threshold: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     return fake_selection(values, values.shape[1])
 
 
 @cpu.cpu_op("dejavu::compact_cpu", _fake_compact)
-def compact_cpu(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def compact_cpu(
+    values: Tensor, threshold: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Opaque to tracing: how many units it finds depends on the data."""
-    return cpu.compacted(values, threshold) or compact_reference(values, threshold)
+    listed_by_cpp = cpu.compacted(values, threshold, scale)
+    return listed_by_cpp or compact_reference(values, threshold, scale)
 
 
 @triton_op("dejavu::compact", mutates_args=())
-def compact(values: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def compact(
+    values: Tensor, threshold: float, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """See `compact_reference`."""
     if not values.is_cuda:
-        return compact_cpu(values, threshold)
-    return launch_compact(wrap_triton(_compact_kernel), values, threshold)
+        return compact_cpu(values, threshold, scale)
+    return launch_compact(wrap_triton(_compact_kernel), values, threshold, scale)

@@ -150,6 +150,11 @@ def _predicted(emit: Emitter, decision: Decision, tag: str) -> tuple[fx.Node, fx
     )
 
 
+def _sensitivity(emit: Emitter, decision: Decision, tag: str) -> fx.Node:
+    """What a gate's units count, as a static buffer."""
+    return emit.buffer(f"dejavu_{tag}_sensitivity", decision.sensitivity)
+
+
 def _masked(emit: Emitter, decision: Decision, tag: str) -> None:
     """Zero the hidden units outside the selection, each token on its own."""
     site = decision.site
@@ -164,9 +169,10 @@ def _masked(emit: Emitter, decision: Decision, tag: str) -> None:
         score = emit.call(aten.linear.default, score, up, bias)
         dropped = emit.call(aten.le.Scalar, score, 0.0)
     else:
-        carrier = site.gate.node
-        magnitude = emit.call(aten.abs.default, carrier)
-        dropped = emit.call(aten.le.Scalar, magnitude, decision.threshold)
+        score = emit.call(aten.abs.default, _tokens_by(emit, site.gate.node, site.units))
+        if decision.sensitivity is not None:
+            score = emit.call(aten.mul.Tensor, score, _sensitivity(emit, decision, tag))
+        dropped = emit.call(aten.le.Scalar, score, decision.threshold)
     # Written as "not above", so that a NaN score or activation is kept and stays visible.
     dropped = emit.call(aten.reshape.default, dropped, _like(emit, hidden))
     result = emit.call(aten.masked_fill.Scalar, hidden, dropped, 0.0)
@@ -210,9 +216,10 @@ def rewrite(gm: fx.GraphModule, decisions: tuple[Decision, ...]) -> Rewritten:
                 pair = emit.call(ops.select.default, source, *weights)
                 selects.append(pair)
             else:
-                pair = emit.call(
-                    ops.compact.default, _tokens_by(emit, start, site.units), decision.threshold
-                )
+                score = _tokens_by(emit, start, site.units), decision.threshold
+                if decision.sensitivity is not None:
+                    score = *score, _sensitivity(emit, decision, str(tag))
+                pair = emit.call(ops.compact.default, *score)
             chosen = _Selection(*(emit.call(operator.getitem, pair, i) for i in (0, 1)))
             _gathered(emit, decision, chosen, start)
     modified = any(d.policy is not Policy.DENSE for d in decisions)

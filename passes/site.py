@@ -281,7 +281,10 @@ class PredictorWeights:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the plan decided for one site. `source` feeds `predictor`; `threshold` is for `gate`."""
+    """What the plan decided for one site. `source` feeds `predictor`; `threshold` and `sensitivity` are for `gate`.
+
+    A unit runs where |gate| * sensitivity is above the threshold; sensitivity [units] fp32, None for ones.
+    """
 
     site: Site
     policy: Policy
@@ -289,3 +292,4 @@ class Decision:
     source: fx.Node | None = None
     predictor: PredictorWeights | None = None
     threshold: float = 0.0
+    sensitivity: torch.Tensor | None = None

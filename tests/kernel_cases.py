@@ -83,6 +83,10 @@ class KernelCase:
         index, count = self.run(compact, values, 0.5)[:2]
         expected = (values.float().abs() > 0.5).any(0).nonzero().flatten()
         assert torch.equal(index[: int(count)].long(), expected)
+        scale = self.randn(self.n, part=2).float().abs()
+        index, count = self.run(compact, values, 0.5, scale)[:2]
+        expected = (values.float().abs() * scale > 0.5).any(0).nonzero().flatten()
+        assert torch.equal(index[: int(count)].long(), expected)
 
     def check_rows(self, gathered_rows) -> None:
         x, weight = self.randn(self.m, self.d, part=1), self.rows(self.n, self.d, part=2)

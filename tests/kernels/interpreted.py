@@ -126,6 +126,16 @@ def test_compact(n, m, dtype, threshold):
     assert_selection(got, compact_reference(values, threshold))
 
 
+@DTYPES
+@TOKENS
+def test_compact_by_scaled_values(m, dtype):
+    values, scale = randn(m, 2500, dtype=dtype), randn(2500).abs()
+    scale[::3] = 0
+    for threshold in (0.7, float("-inf")):
+        got = SELECTION.launch_compact(SELECTION._compact_kernel, values, threshold, scale)
+        assert_selection(got, compact_reference(values, threshold, scale))
+
+
 def test_compact_keeps_nan():
     values = torch.zeros(2, 100, device=DEVICE)
     values[1, 70] = float("nan")
@@ -440,9 +450,7 @@ FEW = settings(max_examples=6 if INTERPRETED else 8, deadline=None, derandomize=
 @given(CASES, st.booleans())
 def test_selected_rows_and_their_sum_in_any_shape(case, compacted):
     here = case.on(DEVICE)
-    here.check_compact(
-        lambda values, t: SELECTION.launch_compact(SELECTION._compact_kernel, values, t)
-    )
+    here.check_compact(lambda *args: SELECTION.launch_compact(SELECTION._compact_kernel, *args))
     here.check_rows(
         lambda x, w, b, chosen, act: ROWS.launch_rows(ROWS._rows_kernel, x, w, b, chosen, act)
     )

@@ -78,6 +78,11 @@ def test_select_and_compact(monkeypatch, dtype, kind):
     cpp, plain = both(monkeypatch, lambda: kernels.compact(values, 1.5))
     assert torch.equal(cpp[0], plain[0])
     assert 50 in cpp[0].tolist()
+    monkeypatch.undo()
+    scale = torch.rand(101)
+    cpp, plain = both(monkeypatch, lambda: kernels.compact(values, 0.5, scale))
+    assert torch.equal(cpp[0], plain[0])
+    assert int(cpp[1]) == int(plain[1])
 
 
 @DTYPES
