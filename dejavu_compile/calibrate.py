@@ -337,9 +337,9 @@ def calibrate(
     batches: iterable of `input_ids` [B, T], or of dicts of model inputs; the last sixth of the batches
     is kept for measuring quality where there are at least two. policy: "auto", "predict", "gate", "exact"
     or "dense". density: the share of MLP units to keep, in (0, 1], and `head_density` that of attention
-    heads (1 if only the other is given); with neither, the lowest densities whose perplexity stays within
-    `max_ppl_increase` of dense. lookahead: how many layers before its site a
-    predictor reads its source, at least 1. workdir: a folder for what is recorded, so that it needn't fit in
+    heads (1 if only the other is given); with neither, each site gets a policy and a density so that the fewest bytes
+    are read while perplexity stays within `max_ppl_increase` of dense, with 95 % confidence: little text for
+    measuring costs density. lookahead: how many layers before its site a predictor reads its source, at least 1. workdir: a folder for what is recorded, so that it needn't fit in
     memory; the same call goes on from there after it was interrupted, with the same result, and the folder can
     be deleted afterwards. Without one memory limits how much of the text is used.
 
