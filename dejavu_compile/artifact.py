@@ -274,9 +274,11 @@ def _check_fingerprints(weights: dict[str, torch.Tensor], calibration: Calibrati
             )
 
 
-def _predictor_weights(site: SiteRecord, weight: torch.Tensor) -> PredictorWeights:
-    """The predictor on the model's device, with the threshold folded into its bias."""
+def predictor_weights(site: SiteRecord, weight: torch.Tensor) -> PredictorWeights | None:
+    """The predictor as it runs beside the model's `weight`, with the threshold folded into its bias."""
     predictor, device = site.predictor, weight.device
+    if predictor is None:
+        return None
     stored = [
         m.to(device, weight.dtype if m.is_floating_point() else m.dtype).contiguous()
         for m in predictor.matrices
@@ -313,7 +315,7 @@ def attach_calibration(model: nn.Module, calibration: Calibration) -> None:
                 sensitivity=None
                 if site.sensitivity is None
                 else site.sensitivity.to(weight.device),
-                predictor=_predictor_weights(site, weight) if site.predictor is not None else None,
+                predictor=predictor_weights(site, weight),
                 source=weakref.ref(weights[site.source]) if site.source is not None else None,
                 lookahead=site.lookahead,
             ),
@@ -406,6 +408,7 @@ def read(path: str | Path) -> Calibration:
         sites = tuple(_site_from(site, tensors, folder / TENSORS) for site in config["sites"])
         quality = config["quality"]
         if quality is not None:
+            quality = {"margin": 0.0, **quality}  # artifacts of before have none
             quality = Evaluation(
                 **{f.name: quality[f.name] for f in dataclasses.fields(Evaluation)}
             )

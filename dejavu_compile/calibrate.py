@@ -1,7 +1,7 @@
 """Fit predictors and thresholds for a model on text, and attach them to its weights.
 
 collect -> costs of leaving heads out -> fit (all layers together) -> thresholds on held-out tokens
-        -> densities to a quality budget
+        -> a policy and a density for each site, to a quality budget
 
 What each stage makes stays in memory, or goes to a folder, from which an interrupted run goes on.
 """
@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -20,15 +20,16 @@ from torch import nn
 from dejavu_compile.passes.find_sites import layer_of
 from dejavu_compile.passes.site import Policy, SiteKind
 
+from .allocate import THRESHOLDED, allocations, quality, search
 from .artifact import Calibration, SiteRecord, WeightLayout, attach_calibration
 from .attachments import fingerprint, model_fingerprint
 from .batches import Batch, check_batches, check_model
 from .collect import Recording, collect
-from .errors import CalibrationError, OptionError
-from .evaluate import Evaluation, compare, masked
+from .errors import OptionError
+from .evaluate import compare, masked
 from .plan import gathered_layouts
 from .predictors import (
-    DENSITY_GRID,
+    HELD_OUT,
     Predictor,
     SiteExamples,
     ThresholdCurve,
@@ -48,14 +49,10 @@ log = logging.getLogger(__name__)
 
 PREDICTOR_BUDGET = 0.05
 MAX_TOKENS = 200_000
-HELD_OUT = 0.15
-# Heads are tried last, with what the MLPs leave of the quality budget.
-MLP_SHARE = 0.7
 # What a head that matters as much as the mean weighs in the loss, where leaving any out weighs 1
 HEAD_WEIGHT = 4.0
-HEAD_GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 FIT_STEPS = 500
-THRESHOLDED = (Policy.PREDICT, Policy.GATE)
+NO_CURVE = ThresholdCurve((1.0,), (-math.inf,))
 
 
 def _output_norms(record: Recording) -> torch.Tensor:
@@ -268,99 +265,58 @@ def _store(
     return Workdir(workdir, manifest)
 
 
-def _quality(store: Store, name: str, measured: Callable[[], Evaluation]) -> Evaluation:
-    """What `measured` gives, once for a calibration."""
+def learn_and_judge(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
+    """The batches to learn from, and the last sixth, to measure quality on; one batch is both."""
+    if len(batches) == 1:
+        log.warning(
+            "calibrating on a single batch: quality is measured on the text that was learnt from"
+        )
+        return batches, batches
+    held = max(1, len(batches) // 6)
+    return batches[:-held], batches[-held:]
 
-    def make() -> Tensors:
-        return {"figures": torch.tensor(dataclasses.astuple(measured()), dtype=torch.float64)}
 
-    tokens, *figures = store.once(f"quality-{name}", make)["figures"].tolist()
-    return Evaluation(int(tokens), *figures)
+def alternatives(
+    calibration: Calibration, recordings: Sequence[Recording], policy: str
+) -> list[list[SiteRecord]]:
+    """Ways to run each site: without approximation, and with a threshold where there is one.
 
-
-def _to_budget(
-    judge: Callable[[int], Calibration],
-    count: int,
-    budget: float,
-    share: float,
-    progress: Callable[[int, int], None],
-) -> Calibration:
-    """The first of `count` candidates, sparsest first, within `share` of the budget, by bisection.
-
-    `judge` measures one. Perplexity falls with density but for noise; what is chosen was itself measured,
-    never inferred. Raises CalibrationError if even the last one misses.
+    For `auto` gates need no fit, so where nothing can be predicted, in the first layer, one is tried.
     """
-    low, high = 0, count  # the answer is among low to high - 1, or nowhere
-    best, missed = None, []
-    step, steps = 0, math.ceil(math.log2(count + 1))
-    while low < high:
-        middle = (low + high) // 2
-        candidate = judge(middle)
-        step += 1
-        progress(min(step, steps), steps)
-        log.info(
-            "density %.2f, heads %.2f: %s",
-            candidate.density, candidate.head_density, candidate.quality,
-        )  # fmt: skip
-        if candidate.quality.perplexity_increase <= share * budget:
-            best, high = candidate, middle
-        else:
-            missed.append(candidate)
-            low = middle + 1
-    if best is None:
-        raise _out_of_budget(missed, budget, share)
-    return best
+    ways = []
+    for record, recording in zip(calibration.sites, recordings, strict=True):
+        ways.append([_lossless(recording)])
+        if record.policy in THRESHOLDED:
+            ways[-1].append(record)
+        elif policy == "auto" and recording.site.gate is not None:
+            ways[-1].append(_gated(recording))
+    return ways
 
 
-def _out_of_budget(missed: Sequence[Calibration], budget: float, share: float) -> CalibrationError:
-    """What came nearest, and the sites that would have to stay dense."""
-    nearest = min(missed, key=lambda candidate: candidate.quality.perplexity_increase)
-    sparse = [s for s in nearest.sites if s.policy in THRESHOLDED and s.density < 1]
-    names = ", ".join(s.name for s in sparse[:3])
-    more = f" and {len(sparse) - 3} more" if len(sparse) > 3 else ""
-    return CalibrationError(
-        f"no density keeps perplexity within {budget:.2%} of dense: {names}{more} would have to stay dense",
-        found=f"{nearest.quality.perplexity_increase:+.2%} at best, with "
-        + f"{max((s.density for s in sparse), default=1.0):.0%} of their units",
-        expected=f"at most {share * budget:+.2%}"
-        + (f" ({share:.0%} of it: the rest is for heads)" if share < 1 else ""),
-        fix="raise max_ppl_increase, calibrate on more text, or give density=",
+def _lossless(recording: Recording) -> SiteRecord:
+    """Its exact zeros skipped where it has some."""
+    policy = Policy.EXACT if recording.site.exact is not None else Policy.DENSE
+    return _measured(_record(recording, policy, NO_CURVE), recording, None, HELD_OUT)
+
+
+def _gated(recording: Recording) -> SiteRecord:
+    """The site with a threshold of its own for its gate."""
+    held_out = thinned_for(_held_out(_carrier(recording)), recording.site.units)
+    return _record(recording, Policy.GATE, threshold_curve(held_out.abs()))
+
+
+def fit(
+    model: nn.Module, learn: Sequence[Batch], policy: str, *, heads: bool, lookahead: int, seed: int,
+    progress: Progress, store: Store,
+) -> tuple[Calibration, list[Recording]]:  # fmt: skip
+    """Predictors and thresholds of every site, of attention too where `heads`, all at density 1; and what was seen."""
+    kinds = tuple(SiteKind) if heads else (SiteKind.MLP,)
+    recordings = collect(
+        model, learn, max_tokens=MAX_TOKENS, progress=progress, kinds=kinds, store=store
     )
-
-
-def _within_budget(
-    model: nn.Module,
-    calibration: Calibration,
-    batches: list[Batch],
-    budget: float,
-    progress: Progress,
-    store: Store,
-) -> Calibration:
-    """MLPs first, which skip most bytes, within part of the budget; then heads with what is left of it."""
-    sparse = masked(model)
-
-    def measured(candidate: Calibration) -> Evaluation:
-        attach_calibration(model, candidate)
-        return compare(model, batches, sparse)
-
-    def search(stage: str, candidates: Sequence[Calibration], share: float) -> Calibration:
-        def judge(number: int) -> Calibration:
-            name = f"{stage.replace(' ', '-')}-{number:02}"
-            measure_it = partial(measured, candidates[number])
-            return candidates[number].with_quality(_quality(store, name, measure_it))
-
-        return _to_budget(judge, len(candidates), budget, share, partial(progress, stage))
-
-    thresholded = {s.kind for s in calibration.sites if s.policy in THRESHOLDED}
-    share = MLP_SHARE if SiteKind.ATTENTION in thresholded else 1.0
-    best = calibration
-    if SiteKind.MLP in thresholded:
-        candidates = [calibration.at_density(density) for density in DENSITY_GRID]
-        best = search("budget", candidates, share)
-    if SiteKind.ATTENTION in thresholded:
-        candidates = [best.at_density(head_density=density) for density in HEAD_GRID]
-        best = search("budget of heads", [*candidates, best], 1.0)
-    return best
+    records = _records(model, learn, recordings, policy, lookahead, seed, progress, store)
+    calibration = Calibration(tuple(records), type(model).__name__, seed, _data_hash(learn))
+    return calibration.at_density(1.0, head_density=1.0), recordings
 
 
 def calibrate(
@@ -381,9 +337,9 @@ def calibrate(
     batches: iterable of `input_ids` [B, T], or of dicts of model inputs; the last sixth of the batches
     is kept for measuring quality where there are at least two. policy: "auto", "predict", "gate", "exact"
     or "dense". density: the share of MLP units to keep, in (0, 1], and `head_density` that of attention
-    heads (1 if only the other is given); with neither, the lowest densities whose perplexity stays within
-    `max_ppl_increase` of dense. lookahead: how many layers before its site a
-    predictor reads its source, at least 1. workdir: a folder for what is recorded, so that it needn't fit in
+    heads (1 if only the other is given); with neither, each site gets a policy and a density so that the fewest bytes
+    are read while perplexity stays within `max_ppl_increase` of dense, with 95 % confidence: little text for
+    measuring costs density. lookahead: how many layers before its site a predictor reads its source, at least 1. workdir: a folder for what is recorded, so that it needn't fit in
     memory; the same call goes on from there after it was interrupted, with the same result, and the folder can
     be deleted afterwards. Without one memory limits how much of the text is used.
 
@@ -394,12 +350,7 @@ def calibrate(
     _check_options(policy, max_ppl_increase, density, head_density, lookahead)
     check_model(model, "calibrate")
     checked = check_batches(model, batches)
-    held = max(1, len(checked) // 6) if len(checked) > 1 else 0
-    learn, judge = (checked[:-held], checked[-held:]) if held else (checked, checked)
-    if not held:
-        log.warning(
-            "calibrating on a single batch: quality is measured on the text that was learnt from"
-        )
+    learn, judge = learn_and_judge(checked)
     options = {
         "policy": policy, "max_ppl_increase": max_ppl_increase, "density": density, "head_density": head_density,
         "lookahead": lookahead, "seed": seed,
@@ -409,22 +360,22 @@ def calibrate(
     try:
         searched = density is None and head_density is None
         heads = policy in ("auto", "predict") and (searched or head_density is not None)
-        kinds = tuple(SiteKind) if heads else (SiteKind.MLP,)
-        recordings = collect(
-            model, learn, max_tokens=MAX_TOKENS, progress=bars, kinds=kinds, store=store
-        )
-        records = _records(model, learn, recordings, policy, lookahead, seed, bars, store)
-        calibration = Calibration(
-            sites=tuple(records), model_class=type(model).__name__, seed=seed,
-            data_hash=_data_hash(checked),
-        ).at_density(density or 1.0, head_density=head_density or 1.0)  # fmt: skip
-        if searched and any(r.policy in THRESHOLDED for r in records):
-            calibration = _within_budget(model, calibration, judge, max_ppl_increase, bars, store)
+        calibration, recordings = fit(
+            model, learn, policy, heads=heads, lookahead=lookahead, seed=seed, progress=bars, store=store
+        )  # fmt: skip
+        calibration = dataclasses.replace(calibration, data_hash=_data_hash(checked))
+        calibration = calibration.at_density(density or 1.0, head_density=head_density or 1.0)
+        if searched and any(s.policy in THRESHOLDED for s in calibration.sites):
+            candidates = allocations(
+                model, calibration, recordings, alternatives(calibration, recordings, policy), learn,
+                seed=seed, progress=bars, store=store,
+            )  # fmt: skip
+            calibration = search(model, candidates, judge, max_ppl_increase, bars, store)
         calibration = remeasured(calibration, recordings)
         attach_calibration(model, calibration)
         if calibration.quality is None:
             measured = partial(compare, model, judge, masked(model))
-            calibration = calibration.with_quality(_quality(store, "chosen", measured))
+            calibration = calibration.with_quality(quality(store, "chosen", measured))
     finally:
         bars.close()
     return calibration
@@ -490,11 +441,9 @@ def _records(
         if chosen[i] is Policy.PREDICT:
             records.append(fitted[i])
         elif chosen[i] is Policy.GATE:
-            held_out = thinned_for(_held_out(_carrier(recording)), recording.site.units)
-            curve = threshold_curve(held_out.abs())
-            records.append(_record(recording, Policy.GATE, curve))
+            records.append(_gated(recording))
         else:
-            records.append(_record(recording, chosen[i], ThresholdCurve((1.0,), (-math.inf,))))
+            records.append(_record(recording, chosen[i], NO_CURVE))
     return records
 
 

@@ -28,6 +28,7 @@ from .workdir import Rows
 
 RANK_MULTIPLE = 16
 MIN_TOKENS = 256
+HELD_OUT = 0.15  # of the recorded tokens: for thresholds and metrics
 # fmt: off
 DENSITY_GRID = (
     0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9,
@@ -87,7 +88,7 @@ class SiteExamples:
     def units(self) -> int:
         return self.hidden.shape[1]
 
-    def split(self, held_out: float = 0.15) -> tuple[SiteExamples, SiteExamples]:
+    def split(self, held_out: float = HELD_OUT) -> tuple[SiteExamples, SiteExamples]:
         """The first tokens to fit on; the last `held_out` for thresholds and metrics."""
         cut = self.tokens - round(self.tokens * held_out)
         return self._part(0, cut), self._part(cut, self.tokens)

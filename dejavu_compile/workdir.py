@@ -25,7 +25,7 @@ from .errors import DiskFullError, WorkdirError
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # of the shards: another one isn't gone on from
+FORMAT_VERSION = 2  # of the shards: another one isn't gone on from
 MANIFEST = "manifest.json"
 PARTIAL = ".partial"
 

@@ -1,4 +1,4 @@
-"""How much a prediction depends on each head, against gates that hooks put on the eager model."""
+"""How much a prediction depends on each unit, against gates that hooks put on the eager model."""
 
 import logging
 
@@ -8,10 +8,14 @@ from heads_oracle import projections
 from tiny import text, tiny
 
 from dejavu_compile import sensitivity
+from dejavu_compile.artifact import attach_calibration, detach
 from dejavu_compile.batches import check_batches
+from dejavu_compile.calibrate import fit
 from dejavu_compile.collect import collect
+from dejavu_compile.evaluate import compare, masked
 from dejavu_compile.passes.site import SiteKind
-from dejavu_compile.sensitivity import head_costs
+from dejavu_compile.sensitivity import head_costs, skipping_costs
+from dejavu_compile.workdir import Memory
 
 
 def recorded(model, batches):
@@ -105,3 +109,59 @@ def test_without_gradients_contributions_of_each_layer_count_alike(monkeypatch, 
     contributions = torch.stack([r.stacked("hidden").float().square() for r in found])
     torch.testing.assert_close(result, contributions / contributions.mean((1, 2), keepdim=True))
     assert "aten::_int_mm" in caplog.text
+
+
+def mlp_gates(model, batch, seed):
+    """In eager mode: d log p / d gate of each unit of each MLP, and what each MLP reads, [tokens, units or width]."""
+    layers, gates, inputs, handles = model.model.decoder.layers, [], [], []
+
+    def gate(module, args):
+        gates.append(torch.ones_like(args[0]).requires_grad_())
+        return (args[0] * gates[-1],)
+
+    for layer in layers:
+        handles.append(layer.fc2.register_forward_pre_hook(gate))
+        handles.append(layer.fc1.register_forward_pre_hook(lambda _, a: inputs.append(a[0])))
+    prediction = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+    for handle in handles:
+        handle.remove()
+    at = torch.rand(len(prediction), 1, generator=torch.Generator().manual_seed(seed))
+    drawn = (prediction.exp().cumsum(-1) < at).sum(-1, keepdim=True)
+    loss = prediction.gather(1, drawn.clamp(max=prediction.shape[1] - 1)).sum()
+    gradients = torch.autograd.grad(loss, gates)
+    return [[v.detach().flatten(0, -2) for v in values] for values in (gradients, inputs)]
+
+
+def test_skipping_costs_are_those_of_gates_on_the_eager_model():
+    model = tiny("opt", layers=3, units=512)
+    batches = check_batches(model, [text(seed) for seed in range(4)])
+    options = {"seed": 3, "progress": lambda *_: None, "store": Memory()}
+    found, _ = fit(model, batches, "predict", heads=False, lookahead=1, **options)
+    records = found.sites[1:]
+    result = skipping_costs(model, batches[:1], records, **options)
+    gradients, inputs = mlp_gates(model, batches[0], seed=3)
+    for number, (record, costs) in enumerate(zip(records, result, strict=True), start=1):
+        p = record.predictor
+        score = inputs[number - 1].double() @ p.down.double().T @ p.up.double().T
+        score = score * p.scale.double() + p.bias.double()
+        assert {cost.asked for cost in costs} > set(record.curve.densities)
+        for cost in costs:
+            runs = score > record.curve.at(cost.asked)
+            expected = (gradients[number].double() * ~runs).sum(1).square().mean().item() / 2
+            assert cost.density == pytest.approx(runs.double().mean().item(), abs=1e-4)
+            assert cost.loss == pytest.approx(expected, rel=1e-2)
+
+
+def test_skipping_costs_of_gates_are_the_divergence_of_each_site_alone():
+    model = tiny("llama")
+    batches = check_batches(model, [text(seed, batch=16) for seed in range(4)])
+    options = {"seed": 0, "progress": lambda *_: None, "store": Memory()}
+    found, _ = fit(model, batches, "gate", heads=False, lookahead=1, **options)
+    for record, costs in zip(
+        found.sites, skipping_costs(model, batches, found.sites, **options), strict=True
+    ):
+        for cost in (cost for cost in costs if cost.asked in (0.7, 0.9)):
+            attach_calibration(model, found.with_sites([record.at_density(cost.asked)]))
+            kl = compare(model, batches, masked(model)).kl
+            detach(model)
+            assert cost.loss == pytest.approx(kl, rel=0.1)
