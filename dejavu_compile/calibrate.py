@@ -42,7 +42,7 @@ from .predictors import (
     threshold_curve,
 )
 from .progress import Bars, Progress
-from .sensitivity import head_costs
+from .sensitivity import gate_sensitivities, head_costs
 from .workdir import Memory, Rows, Store, Tensors, Workdir
 
 log = logging.getLogger(__name__)
@@ -214,7 +214,8 @@ def _measured(
         hidden = recording.stacked("hidden")
         examples = SiteExamples(_carrier(recording), hidden, _output_norms(recording))
         _, held_out = examples.split(share)
-        return record.with_metrics(measure(_Magnitude(), record.threshold, held_out, weight))
+        score = _Magnitude(record.sensitivity)
+        return record.with_metrics(measure(score, record.threshold, held_out, weight))
     if record.policy is Policy.EXACT:
         return record.with_exact_density(
             _nonzero_share(_held_out(recording.stacked("hidden"), share))
@@ -228,15 +229,17 @@ def _nonzero_share(values: torch.Tensor | Rows) -> float:
 
 
 class _Magnitude(Predictor):
-    """A score that is given: the gate's own magnitude."""
+    """A score that is given: the gate's own magnitude, times its sensitivity where it has one."""
 
-    def __init__(self) -> None:
+    def __init__(self, sensitivity: torch.Tensor | None) -> None:
         empty = torch.empty(0)
-        super().__init__(empty, empty, empty, empty)
+        super().__init__(
+            empty, empty, empty, torch.ones(1) if sensitivity is None else sensitivity
+        )
 
     def score(self, source: torch.Tensor) -> torch.Tensor:
-        """That of the source itself."""
-        return source.float().abs()
+        """That of the source itself, [tokens, units]."""
+        return source.float().abs() * self.scale.to(source.device)
 
 
 def _data_hash(batches: Sequence[Batch]) -> str:
@@ -301,8 +304,28 @@ def _lossless(recording: Recording) -> SiteRecord:
 
 def _gated(recording: Recording) -> SiteRecord:
     """The site with a threshold of its own for its gate."""
-    held_out = thinned_for(_held_out(_carrier(recording)), recording.site.units)
-    return _record(recording, Policy.GATE, threshold_curve(held_out.abs()))
+    return _record(recording, Policy.GATE, threshold_curve(_magnitudes(recording)))
+
+
+def _magnitudes(recording: Recording) -> torch.Tensor:
+    """Of the gates of held-out tokens, [tokens, units]."""
+    return thinned_for(_held_out(_carrier(recording)), recording.site.units).abs()
+
+
+def _gates(
+    recordings: Sequence[Recording], sensitivities: Mapping[str, torch.Tensor]
+) -> list[SiteRecord]:
+    """Sites with one threshold for all their gates, times sensitivities; without these each has its own."""
+    if not sensitivities:
+        return [_gated(recording) for recording in recordings]
+    scales = [sensitivities[r.name].to(r.weight.device) for r in recordings]
+    curve = shared_threshold_curve(
+        _magnitudes(r).float() * scale for r, scale in zip(recordings, scales, strict=True)
+    )
+    return [
+        dataclasses.replace(_record(recording, Policy.GATE, curve), sensitivity=scale)
+        for recording, scale in zip(recordings, scales, strict=True)
+    ]
 
 
 def fit(
@@ -436,15 +459,15 @@ def _records(
     )
     by_name = {r.name: cost for r, cost in zip(heads, costs, strict=True)}
     fitted = dict(zip(jobs, _fit(pairs, by_name, lookahead, seed, progress, store), strict=True))
-    records = []
-    for i, recording in enumerate(recordings):
-        if chosen[i] is Policy.PREDICT:
-            records.append(fitted[i])
-        elif chosen[i] is Policy.GATE:
-            records.append(_gated(recording))
-        else:
-            records.append(_record(recording, chosen[i], NO_CURVE))
-    return records
+    gated = [i for i, c in enumerate(chosen) if c is Policy.GATE]
+    if gated:
+        found = gate_sensitivities(model, batches, seed=seed, progress=progress, store=store)
+        records = _gates([recordings[i] for i in gated], found)
+        fitted |= dict(zip(gated, records, strict=True))
+    return [
+        fitted[i] if i in fitted else _record(recording, chosen[i], NO_CURVE)
+        for i, recording in enumerate(recordings)
+    ]
 
 
 def remeasured(

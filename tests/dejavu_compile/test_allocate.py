@@ -179,7 +179,7 @@ def test_from_a_folder_it_is_the_same_and_nothing_is_measured_again(tmp_path, mo
     expected = calibrated(tiny("llama"), 0.01, policy="gate").to_dict()
     assert calibrated(tiny("llama"), 0.01, **options).to_dict() == expected
     assert {path.name.split("-")[0] for path in tmp_path.glob("*.safetensors")} == {
-        "collect", "skipping", "quality",
+        "collect", "gates", "skipping", "quality",
     }  # fmt: skip
     monkeypatch.setattr(sensitivity, "_skipped", lambda *_: pytest.fail("it is in the folder"))
     assert calibrated(tiny("llama"), 0.01, **options).to_dict() == expected

@@ -14,7 +14,7 @@ from dejavu_compile.calibrate import fit
 from dejavu_compile.collect import collect
 from dejavu_compile.evaluate import compare, masked
 from dejavu_compile.passes.site import SiteKind
-from dejavu_compile.sensitivity import head_costs, skipping_costs
+from dejavu_compile.sensitivity import gate_sensitivities, head_costs, skipping_costs
 from dejavu_compile.workdir import Memory
 
 
@@ -165,3 +165,45 @@ def test_skipping_costs_of_gates_are_the_divergence_of_each_site_alone():
             kl = compare(model, batches, masked(model)).kl
             detach(model)
             assert cost.loss == pytest.approx(kl, rel=0.1)
+
+
+def test_sensitivity_of_a_gate_is_that_of_the_eager_models_activation():
+    model = tiny("llama")
+    batches = check_batches(model, [text(seed) for seed in (1, 2)])
+    found = gate_sensitivities(model, batches, seed=3, progress=lambda *_: None)
+    assert list(found) == [f"model.layers.{i}.mlp.down_proj.weight" for i in range(2)]
+    got = torch.stack(list(found.values()))
+
+    gates, sums = {}, 0
+    handles = [
+        layer.mlp.act_fn.register_forward_hook(
+            lambda module, args, out, i=i: gates.__setitem__(
+                i, out.requires_grad_() if out.is_leaf else out
+            )
+        )
+        for i, layer in enumerate(model.model.layers)
+    ]
+    generator = torch.Generator().manual_seed(3)
+    for batch in batches:
+        prediction = model(**batch, use_cache=False).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+        at = torch.rand(len(prediction), 1, generator=generator)
+        drawn = (prediction.exp().cumsum(-1) < at).sum(-1, keepdim=True)
+        loss = prediction.gather(1, drawn.clamp(max=prediction.shape[1] - 1)).sum()
+        gradients = torch.autograd.grad(loss, [gates[i] for i in range(len(found))])
+        sums = sums + torch.stack([g.double().square().flatten(0, 1).sum(0) for g in gradients])
+    for handle in handles:
+        handle.remove()
+    expected = sums.sqrt()
+    torch.testing.assert_close(got.double(), expected / expected.mean(), rtol=1e-3, atol=1e-5)
+
+
+def test_without_gradients_gates_have_thresholds_of_their_own(monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise RuntimeError("derivative for aten::_int_mm is not implemented")
+
+    model = tiny("llama")
+    batches = check_batches(model, [text(1)])
+    monkeypatch.setattr(sensitivity.torch.autograd, "grad", refuse)
+    with caplog.at_level(logging.WARNING):
+        assert not gate_sensitivities(model, batches, seed=3, progress=lambda *_: None)
+    assert "aten::_int_mm" in caplog.text
