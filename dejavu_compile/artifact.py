@@ -103,6 +103,7 @@ class SiteRecord:
             "fingerprint": self.fingerprint, "density": self.density, "source": self.source,
             "lookahead": self.lookahead, "threshold": _json_float(self.threshold),
             "rank": self.predictor.rank if self.predictor is not None else 0,
+            "sensitivity": self.sensitivity is not None,
             "curve": {"densities": self.curve.densities,
                       "thresholds": [_json_float(t) for t in self.curve.thresholds]},
             "metrics": dataclasses.asdict(self.metrics) if self.metrics is not None else None,
@@ -351,6 +352,29 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def _sensitivity_from(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path
+) -> torch.Tensor | None:
+    """What the threshold of a gate is in units of, where it is one."""
+    name = config["name"]
+    if not config.get("sensitivity"):  # format version 2 has none
+        return None
+    found = tensors.get(f"{name}.sensitivity")
+    if found is None or found.shape != (config["units"],):
+        raise ArtifactError(
+            f"{path} lacks the sensitivity of {name}",
+            found="none" if found is None else f"shape {tuple(found.shape)}",
+            expected=f"{name}.sensitivity of {config['units']} units",
+            fix="save or copy the artifact again",
+        )
+    if not (found.isfinite() & (found >= 0)).all():
+        raise ArtifactError(
+            f"the sensitivity of {name} in {path} holds NaN, inf or negative values",
+            fix="calibrate again",
+        )
+    return found
+
+
 def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> SiteRecord:
     name = config["name"]
     predictor = None
@@ -372,12 +396,7 @@ def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: P
                 )
             parts[part] = tensor
         predictor = Predictor(**parts)
-    sensitivity = tensors.get(f"{name}.sensitivity")
-    if sensitivity is not None and not (sensitivity.isfinite() & (sensitivity >= 0)).all():
-        raise ArtifactError(
-            f"the sensitivity of {name} in {path} holds NaN, inf or negative values",
-            fix="calibrate again",
-        )
+    sensitivity = _sensitivity_from(config, tensors, path)
     curve = config["curve"]
     metrics = config["metrics"]
     return SiteRecord(

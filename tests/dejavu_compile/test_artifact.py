@@ -221,3 +221,68 @@ def test_other_density_moves_thresholds_only(calibrated):
         else:
             assert after is before
     assert dataclasses.replace(lower, sites=(), quality=None) is not None
+
+
+@pytest.fixture(scope="module")
+def gated():
+    """A calibrated Llama, by gates."""
+    model = tiny("llama")
+    return model, dv.calibrate(model, texts(), policy="gate", density=0.5, progress=False)
+
+
+@pytest.mark.parametrize("attached", ["fitted", "loaded"])
+@torch.no_grad()
+def test_gates_run_by_magnitude_times_sensitivity(gated, tmp_path, attached):
+    model, calibration = gated
+    assert len({site.threshold for site in calibration.sites}) == 1
+    if attached == "loaded":
+        calibration.save_pretrained(tmp_path)
+        model = tiny("llama")
+        calibration = dv.load(model, tmp_path)
+    else:
+        calibration.attach(model)
+    ids = text(9, batch=1, length=12)
+    got = torch.compile(model.forward, backend="dejavu_eager", options={"dejavu.execution": "masked"})(ids).logits  # fmt: skip
+    handles, ran = [], []
+    for layer, site in zip(model.model.layers, calibration.sites, strict=True):
+
+        def keep(module, args, out, site=site):
+            runs = out.abs() * site.sensitivity > site.threshold
+            ran.append(runs.float().mean().item())
+            return out * runs
+
+        handles.append(layer.mlp.act_fn.register_forward_hook(keep))
+    want = model(ids).logits
+    for handle in handles:
+        handle.remove()
+    assert 0.3 < sum(ran) / len(ran) < 0.7
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("value", [float("nan"), -1.0], ids=["nan", "negative"])
+def test_a_useless_sensitivity_is_refused(gated, tmp_path, value):
+    gated[1].save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    name = gated[1].sites[0].name
+    tensors[f"{name}.sensitivity"][3] = value
+    save_file(tensors, tmp_path / TENSORS)
+    assert_refused(tiny("llama"), tmp_path, dv.ArtifactError, name, "sensitivity")
+
+
+def test_a_missing_sensitivity_is_refused(gated, tmp_path):
+    gated[1].save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    name = gated[1].sites[0].name
+    del tensors[f"{name}.sensitivity"]
+    save_file(tensors, tmp_path / TENSORS)
+    assert_refused(tiny("llama"), tmp_path, dv.ArtifactError, name, "sensitivity", "256 units")
+
+
+def test_an_artifact_of_the_format_before_loads(folder):
+    def before(config):
+        config["format_version"] = 2
+        for site in config["sites"]:
+            del site["sensitivity"]
+
+    edit(folder, before)
+    assert len(dv.load(fresh(), folder).sites) == 3
