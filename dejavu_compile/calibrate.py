@@ -362,9 +362,10 @@ def calibrate(
     or "dense". density: the share of MLP units to keep, in (0, 1], and `head_density` that of attention
     heads (1 if only the other is given); with neither, each site gets a policy and a density so that the fewest bytes
     are read while perplexity stays within `max_ppl_increase` of dense, with 95 % confidence: little text for
-    measuring costs density. lookahead: how many layers before its site a predictor reads its source, at least 1. workdir: a folder for what is recorded, so that it needn't fit in
-    memory; the same call goes on from there after it was interrupted, with the same result, and the folder can
-    be deleted afterwards. Without one memory limits how much of the text is used.
+    measuring costs density. lookahead: how many layers before its site a predictor reads its source, at least 1.
+    workdir: a folder for what is recorded, so that it needn't fit in memory; the same call goes on from there after
+    it was interrupted, with the same result, and the folder can be deleted afterwards. Without one memory limits how
+    much of the text is used.
 
     The result is attached: `model.compile(backend="dejavu")` uses it from the next call on.
     Raises CalibrationError, ModelStateError and OptionError with what to do; with a workdir, WorkdirError where

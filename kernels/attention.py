@@ -72,8 +72,9 @@ def _attention_kernel(
 
     MASK: 0 none, 1 boolean, 2 added. SCAN, a power of two, at least `per_split`: one boolean mask for all heads is
     read ahead, and no more where the slots that it allows have no holes between them; 0: it isn't. GATED: keys and
-    values that a boolean mask hides aren't read, so the others wait for it. A group of which no head runs ends at once. Of the others the last split to finish joins what all of them left.
-    SPLITS is a power of two, at least the number of splits.
+    values that a boolean mask hides aren't read, so the others wait for it.
+    A group of which no head runs ends at once. Of the others the last split to finish joins what all of them left. SPLITS is
+    a power of two, at least the number of splits.
     """
     wait_for_previous(EARLY)
     at, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)

@@ -69,7 +69,8 @@ def _kept(values_ptr, scale_ptr, unit, limit, n, TOKENS: tl.constexpr, SCALE: tl
 @jit
 def _compact_kernel(
     values_ptr, scale_ptr, index_ptr, count_ptr, threshold, n,
-    SCALE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, EVERY: tl.constexpr, ROUNDS: tl.constexpr, EARLY: tl.constexpr,
+    SCALE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, EVERY: tl.constexpr, ROUNDS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program for BLOCK units. Each counts all units anew, EVERY a round, so that none waits for another."""
     wait_for_previous(EARLY)
