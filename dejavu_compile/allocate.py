@@ -19,7 +19,7 @@ from torch import nn
 
 from dejavu_compile.passes.site import Policy
 
-from .artifact import Calibration, SiteRecord, attach_calibration, predictor_weights
+from .artifact import THRESHOLDED, Calibration, SiteRecord, attach_calibration, predictor_weights
 from .batches import Batch
 from .collect import Recording
 from .cost import cost_of
@@ -32,7 +32,6 @@ from .workdir import Store, Tensors
 
 log = logging.getLogger(__name__)
 
-THRESHOLDED = (Policy.PREDICT, Policy.GATE)
 # Candidates to bisect over: a whole evaluation for each doubling
 MAX_CANDIDATES = 63
 MAX_TOKENS = 32_768  # to estimate losses on

@@ -32,6 +32,7 @@ FORMAT_VERSION = 3
 READABLE = {2, 3}  # 3 has sensitivities of gates
 CONFIG = "dejavu_config.json"
 TENSORS = "predictors.safetensors"
+THRESHOLDED = (Policy.PREDICT, Policy.GATE)  # units run by a threshold, which sets the density
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class SiteRecord:
 
     def at_density(self, density: float) -> "SiteRecord":
         """The record asked to keep another share of units; only where there is a threshold to move."""
-        if self.policy not in (Policy.PREDICT, Policy.GATE):
+        if self.policy not in THRESHOLDED:
             return self
         return dataclasses.replace(self, density=density, metrics=None)
 
@@ -149,9 +150,8 @@ class Calibration:
     @property
     def thresholded_density(self) -> float:
         """Mean measured share of units kept by the MLPs that have a threshold (predict and gate)."""
-        thresholded = (Policy.PREDICT, Policy.GATE)
         return self._kept(
-            s for s in self.sites if s.kind is SiteKind.MLP and s.policy in thresholded
+            s for s in self.sites if s.kind is SiteKind.MLP and s.policy in THRESHOLDED
         )
 
     def at_density(
@@ -305,7 +305,7 @@ def attach_calibration(model: nn.Module, calibration: Calibration) -> None:
             attachments.make_unit_major(
                 parameters[layout.name], layout.contracted, produces_units=layout.produces_units
             )
-        sparse = site.policy in (Policy.PREDICT, Policy.GATE)
+        sparse = site.policy in THRESHOLDED
         attachments.attach(
             weight,
             Attachment(

@@ -20,8 +20,8 @@ from torch import nn
 from dejavu_compile.passes.find_sites import layer_of
 from dejavu_compile.passes.site import Policy, SiteKind
 
-from .allocate import THRESHOLDED, allocations, quality, search
-from .artifact import Calibration, SiteRecord, WeightLayout, attach_calibration
+from .allocate import allocations, quality, search
+from .artifact import THRESHOLDED, Calibration, SiteRecord, WeightLayout, attach_calibration
 from .attachments import fingerprint, model_fingerprint
 from .batches import Batch, check_batches, check_model
 from .collect import Recording, collect

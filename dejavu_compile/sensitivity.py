@@ -51,12 +51,8 @@ DENSITIES = tuple(sorted((*DENSITY_GRID, *(sum(pair) / 2 for pair in pairwise(DE
 
 @dataclass(slots=True)
 class _Pass:
-    """One forward pass, by site: its gates, what its projections read, and what `gate` would threshold.
+    """One forward pass, by site: what is differentiated by, what its projections read, and what `gate` would threshold."""
 
-    `added` are zeros that were added to some of the latter.
-    """
-
-    added: dict[str, torch.Tensor] = field(default_factory=dict)
     opened: dict[str, torch.Tensor] = field(default_factory=dict)
     inputs: dict[str, torch.Tensor] = field(default_factory=dict)
     carriers: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -82,8 +78,8 @@ class _Gated(fx.Interpreter):
         for name in self._carriers.get(node, ()):
             seen.carriers[name] = value.detach()
             if self._gates.at_carriers:
-                seen.added[name] = torch.zeros_like(value).requires_grad_()
-                value = value + seen.added[name]
+                seen.opened[name] = torch.zeros_like(value).requires_grad_()
+                value = value + seen.opened[name]
         if node not in self._hidden or self._gates.at_carriers:
             return value
         name, site = self._hidden[node]
@@ -134,13 +130,13 @@ class _Gates:
         keep, _ = predicted(batch)
         logits = logits_of(self._run(**call_kwargs(self.model, batch)))[:, :-1]
         loss = _log_probability(logits.flatten(0, 1)[keep].float(), uniform.to(logits.device))
-        if self.at_carriers:
-            gradients = torch.autograd.grad(loss, list(self.seen.added.values()))
-            by_name = dict(zip(self.seen.added, gradients, strict=True))
-        else:
-            gradients = torch.autograd.grad(loss, list(self.seen.opened.values()))
-            by_name = {n: g.squeeze(-1) for n, g in zip(self.seen.opened, gradients, strict=True)}
-        return {name: _rows(gradient.float(), batch) for name, gradient in by_name.items()}
+        gradients = torch.autograd.grad(loss, list(self.seen.opened.values()))
+        if not self.at_carriers:
+            gradients = [gradient.squeeze(-1) for gradient in gradients]
+        return {
+            name: _rows(gradient.float(), batch)
+            for name, gradient in zip(self.seen.opened, gradients, strict=True)
+        }
 
 
 def _rows(values: torch.Tensor, batch: Batch) -> torch.Tensor:
@@ -159,6 +155,26 @@ def _draws(batches: Sequence[Batch], seed: int) -> Iterator[torch.Tensor]:
         yield torch.rand(int(predicted(batch)[0].sum()), 1, generator=generator)
 
 
+def _measured(
+    stage: str, batches: Sequence[Batch], measure: Callable[[Batch, torch.Tensor], Tensors], *, seed: int,
+    progress: Progress, store: Store | None,
+) -> list[Tensors]:  # fmt: skip
+    """What `measure` gives for each batch and its draws, once for a calibration."""
+    store, shards = store or Memory(), []
+    with torch.enable_grad(), recompile_limit(RECORDED_GRAPHS):
+        for number, (batch, uniform) in enumerate(
+            zip(batches, _draws(batches, seed), strict=True)
+        ):
+            shards.append(store.once(f"{stage}-{number:05}", partial(measure, batch, uniform)))
+            progress(stage, number + 1, len(batches))
+    return shards
+
+
+def _first(batches: Sequence[Batch], tokens: int) -> Sequence[Batch]:
+    """As many batches as hold so many tokens."""
+    return batches[: -(-tokens // batches[0]["input_ids"].numel())]
+
+
 def head_costs(
     model: nn.Module,
     batches: Sequence[Batch],
@@ -175,7 +191,7 @@ def head_costs(
     """
     contributions = [r.stacked("hidden")[:].float().square() for r in recordings]
     try:
-        gradients = _squared_gradients(model, batches, seed, progress, store or Memory())
+        gradients = _squared_gradients(model, batches, seed, progress, store)
     except RuntimeError as error:  # out of memory too
         log.warning(
             "heads of different layers are compared by their contribution alone: no gradients (%s)",
@@ -193,23 +209,17 @@ def head_costs(
 
 
 def _squared_gradients(
-    model: nn.Module, batches: Sequence[Batch], seed: int, progress: Progress, store: Store
+    model: nn.Module, batches: Sequence[Batch], seed: int, progress: Progress, store: Store | None
 ) -> dict[str, torch.Tensor]:
     """F_h of heads, of the tokens that count, by site, [tokens, units] fp32."""
     gates = _Gates(model, (SiteKind.ATTENTION,))
-    squares: dict[str, list[torch.Tensor]] = defaultdict(list)
-    chosen = batches[: -(-MAX_TOKENS // batches[0]["input_ids"].numel())]
 
-    def measured(batch: Batch, uniform: torch.Tensor) -> Tensors:
+    def squares(batch: Batch, uniform: torch.Tensor) -> Tensors:
         return {name: g.square() for name, g in gates.gradients(batch, uniform).items()}
 
-    with torch.enable_grad(), recompile_limit(RECORDED_GRAPHS):
-        for number, (batch, uniform) in enumerate(zip(chosen, _draws(chosen, seed), strict=True)):
-            shard = store.once(f"sensitivity-{number:05}", partial(measured, batch, uniform))
-            for name, rows in shard.items():
-                squares[name].append(rows)
-            progress("sensitivity", number + 1, len(chosen))
-    return {name: torch.cat(rows) for name, rows in squares.items()}
+    chosen = _first(batches, MAX_TOKENS)
+    shards = _measured("sensitivity", chosen, squares, seed=seed, progress=progress, store=store)
+    return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
 
 def gate_sensitivities(
@@ -225,30 +235,20 @@ def gate_sensitivities(
     Empty, with a warning, where the model can't be differentiated or memory doesn't suffice.
     """
     gates = _Gates(model, (SiteKind.MLP,), at_carriers=True)
-    chosen, store = (
-        batches[: -(-GATE_TOKENS // batches[0]["input_ids"].numel())],
-        store or Memory(),
-    )
 
-    def measured(batch: Batch, uniform: torch.Tensor) -> Tensors:
+    def squares(batch: Batch, uniform: torch.Tensor) -> Tensors:
         return {name: g.square().sum(0) for name, g in gates.gradients(batch, uniform).items()}
 
-    sums: dict[str, torch.Tensor] = {}
+    chosen = _first(batches, GATE_TOKENS)
     try:
-        with torch.enable_grad(), recompile_limit(RECORDED_GRAPHS):
-            for number, (batch, uniform) in enumerate(
-                zip(chosen, _draws(chosen, seed), strict=True)
-            ):
-                shard = store.once(f"gates-{number:05}", partial(measured, batch, uniform))
-                sums = {name: sums.get(name, 0) + rows for name, rows in shard.items()}
-                progress("gates", number + 1, len(chosen))
+        shards = _measured("gates", chosen, squares, seed=seed, progress=progress, store=store)
     except RuntimeError as error:  # out of memory too
         log.warning(
             "gates are compared by their magnitude alone: no gradients (%s)",
             str(error).split("\n", 1)[0] or type(error).__name__,
         )
         return {}
-    roots = {name: total.sqrt() for name, total in sums.items()}
+    roots = {name: sum(shard[name] for shard in shards).sqrt() for name in shards[0]}
     mean = torch.cat([root.cpu() for root in roots.values()]).mean().item()
     return {name: root / max(mean, TINY) for name, root in roots.items()}
 
@@ -280,20 +280,14 @@ def skipping_costs(
     """
     gates = _Gates(model, {record.kind for record in records})
 
-    def measured(batch: Batch, uniform: torch.Tensor) -> Tensors:
+    def skipped(batch: Batch, uniform: torch.Tensor) -> Tensors:
         gradients = gates.gradients(batch, uniform)
         return {
             str(i): _skipped(record, gradients[record.name], _scores(record, gates.seen, batch))
             for i, record in enumerate(records)
         }
 
-    shards = []
-    with torch.enable_grad(), recompile_limit(RECORDED_GRAPHS):
-        for number, (batch, uniform) in enumerate(
-            zip(batches, _draws(batches, seed), strict=True)
-        ):
-            shards.append(store.once(f"skipping-{number:05}", partial(measured, batch, uniform)))
-            progress("skipping", number + 1, len(batches))
+    shards = _measured("skipping", batches, skipped, seed=seed, progress=progress, store=store)
     tokens = sum(int(counted(batch).sum()) for batch in batches)
     totals = [sum(shard[str(i)] for shard in shards) / tokens for i in range(len(records))]
     return [
