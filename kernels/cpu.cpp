@@ -86,6 +86,83 @@ void dots(const W* const* row, const float* x, int64_t d, float* y) {
     for (int r = 0; r < ROWS; ++r) y[r] += float(row[r][i]) * x[i];
 }
 
+// Eight columns in four signed bits each: four bytes of each half of a packed row (see nibbles.py).
+struct Nibbles {
+  int32_t word;
+};
+
+template <class W>
+constexpr int64_t stored(int64_t columns) {
+  return columns;
+}
+
+template <>
+constexpr int64_t stored<Nibbles>(int64_t columns) {
+  return columns / 8;
+}
+
+// Where an element of the vector lies that `dots` multiplies a matrix of W with. Widening bytes to words is most
+// of the time that int8 takes. Words of nibbles are shifted instead, many at once: so the elements that belong to
+// the same nibble of neighbouring words lie side by side, for as many words as `dots` then takes.
+template <class W>
+int64_t place(int64_t column, int64_t columns) {
+  return column;
+}
+
+template <>
+int64_t place<Nibbles>(int64_t column, int64_t columns) {
+  int64_t half = columns / 2, high = column >= half, byte = column - high * half;
+  int64_t word = byte / 4, words = half / 4, begin = 0;
+  for (int64_t lanes : {16, 8, 4, 1}) {
+    int64_t end = begin + (words - begin) / lanes * lanes;
+    if (word < end) {
+      int64_t block = begin + (word - begin) / lanes * lanes;
+      return 8 * block + (byte % 4 * 2 + high) * lanes + word - block;
+    }
+    begin = end;
+  }
+  return column;
+}
+
+template <int LANES, class E>
+using Lanes __attribute__((vector_size(LANES * sizeof(E)))) = E;
+
+// Adds the words from `begin` on, LANES at a time, to y; returns where it stopped.
+template <int LANES, int ROWS>
+int64_t add_words(const Nibbles* const* row, const float* x, int64_t begin, int64_t words, float* y) {
+  if (begin + LANES > words) return begin;
+  Lanes<LANES, float> sums[ROWS] = {};
+  int64_t at = begin;
+  for (; at + LANES <= words; at += LANES) {
+    Lanes<LANES, int32_t> word[ROWS];
+    for (int r = 0; r < ROWS; ++r) std::memcpy(&word[r], row[r] + at, sizeof word[r]);
+#pragma GCC unroll 8
+    for (int nibble = 0; nibble < 8; ++nibble) {
+      Lanes<LANES, float> factor;
+      std::memcpy(&factor, x + 8 * at + nibble * LANES, sizeof factor);
+      for (int r = 0; r < ROWS; ++r)
+        sums[r] += __builtin_convertvector(word[r] << (28 - 4 * nibble) >> 28, Lanes<LANES, float>) * factor;
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    float lanes[LANES];
+    std::memcpy(lanes, &sums[r], sizeof lanes);
+    for (int half = LANES / 2; half; half /= 2)
+      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+    y[r] += lanes[0];
+  }
+  return at;
+}
+
+template <int ROWS>
+void dots(const Nibbles* const* row, const float* x, int64_t d, float* y) {
+  for (int r = 0; r < ROWS; ++r) y[r] = 0;
+  int64_t words = d / 8, at = add_words<16, ROWS>(row, x, 0, words, y);
+  at = add_words<8, ROWS>(row, x, at, words, y);
+  at = add_words<4, ROWS>(row, x, at, words, y);
+  add_words<1, ROWS>(row, x, at, words, y);
+}
+
 // The same for `count` <= 4 rows.
 template <class W>
 void some_dots(const W* const* row, int64_t count, const float* x, int64_t d, float* y) {
@@ -196,24 +273,30 @@ int32_t listed(const std::vector<uint8_t>& keep, int32_t* index) {
 template <class T, class W>
 void select(const T* source, const W* down, const W* up, const float* bias, int32_t* index, int32_t* count,
             int64_t tokens, int64_t width, int64_t rank, int64_t n, int threads) {
-  auto wide = widened(source, tokens * width);
-  std::vector<float> inner(tokens * rank);
+  std::vector<float> wide(tokens * width), inner(tokens * rank);
+  for (int64_t column = 0; column < width; ++column) {
+    int64_t at = place<W>(column, width);
+    for (int64_t t = 0; t < tokens; ++t) wide[t * width + at] = float(source[t * width + column]);
+  }
   std::vector<uint8_t> keep(n);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < rank; first += 4) {
       int64_t some = rank - first < 4 ? rank - first : 4;
-      const W* row[4] = {down + first * width, down + (first + 1) * width, down + (first + 2) * width,
-                         down + (first + 3) * width};
-      for (int64_t t = 0; t < tokens; ++t)
-        some_dots(row, some, wide.data() + t * width, width, inner.data() + t * rank + first);
+      const W* row[4];
+      for (int64_t r = 0; r < 4; ++r) row[r] = down + (first + r) * stored<W>(width);
+      for (int64_t t = 0; t < tokens; ++t) {
+        float y[4];
+        some_dots(row, some, wide.data() + t * width, width, y);
+        for (int64_t r = 0; r < some; ++r) inner[t * rank + place<W>(first + r, rank)] = y[r];
+      }
     }
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < n; first += 4) {
       int64_t some = n - first < 4 ? n - first : 4;
-      const W* row[4] = {up + first * rank, up + (first + 1) * rank, up + (first + 2) * rank,
-                         up + (first + 3) * rank};
+      const W* row[4];
+      for (int64_t r = 0; r < 4; ++r) row[r] = up + (first + r) * stored<W>(rank);
       for (int64_t t = 0; t < tokens; ++t) {
         float score[4];
         some_dots(row, some, inner.data() + t * rank, rank, score);
@@ -310,8 +393,11 @@ void attention(const T* q, const T* k, const T* v, const float* added, const boo
   }                                                                                                          \
   extern "C" void select_##SUFFIX(const T* source, const void* down, const void* up, const float* bias,     \
                                   int32_t* index, int32_t* count, int64_t tokens, int64_t width,             \
-                                  int64_t rank, int64_t n, int int8, int threads) {                          \
-    if (int8)                                                                                                \
+                                  int64_t rank, int64_t n, int bits, int threads) {                          \
+    if (bits == 4)                                                                                           \
+      select(source, (const Nibbles*)down, (const Nibbles*)up, bias, index, count, tokens, width, rank, n,   \
+             threads);                                                                                       \
+    else if (bits == 8)                                                                                      \
       select(source, (const int8_t*)down, (const int8_t*)up, bias, index, count, tokens, width, rank, n,     \
              threads);                                                                                       \
     else                                                                                                     \
