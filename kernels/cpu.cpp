@@ -56,12 +56,20 @@ Floats load(const int8_t* from) {
   return __builtin_convertvector(words, Floats);
 }
 
-inline float folded(Floats sum) {
-  float lanes[16];
-  std::memcpy(lanes, &sum, sizeof lanes);
-  for (int half = 8; half; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
+template <int LANES, class E>
+using Lanes __attribute__((vector_size(LANES * sizeof(E)))) = E;
+
+// The sum of all lanes, half to half.
+template <int LANES>
+inline float folded(Lanes<LANES, float> sum) {
+  if constexpr (LANES == 1) {
+    return sum[0];
+  } else {
+    Lanes<LANES / 2, float> low, high;
+    std::memcpy(&low, &sum, sizeof low);
+    std::memcpy(&high, (const char*)&sum + sizeof low, sizeof high);
+    return folded<LANES / 2>(low + high);
+  }
 }
 
 // y[r] = row[r] . x for ROWS rows at once. A core asks for more lines at a time along several rows than
@@ -81,7 +89,7 @@ void dots(const W* const* row, const float* x, int64_t d, float* y) {
     for (int r = 0; r < ROWS; ++r) sums[r][0] += load(row[r] + i) * load(x + i);
     i += 16;
   }
-  for (int r = 0; r < ROWS; ++r) y[r] = folded(sums[r][0] + sums[r][1]);
+  for (int r = 0; r < ROWS; ++r) y[r] = folded<16>(sums[r][0] + sums[r][1]);
   for (; i < d; ++i)
     for (int r = 0; r < ROWS; ++r) y[r] += float(row[r][i]) * x[i];
 }
@@ -124,43 +132,38 @@ int64_t place<Nibbles>(int64_t column, int64_t columns) {
   return column;
 }
 
-template <int LANES, class E>
-using Lanes __attribute__((vector_size(LANES * sizeof(E)))) = E;
-
-// Adds the words from `begin` on, LANES at a time, to y; returns where it stopped.
+// Adds the words from `at` on, LANES at a time, to the first lanes of `totals`; returns where it stopped.
 template <int LANES, int ROWS>
-int64_t add_words(const Nibbles* const* row, const float* x, int64_t begin, int64_t words, float* y) {
-  if (begin + LANES > words) return begin;
-  Lanes<LANES, float> sums[ROWS] = {};
-  int64_t at = begin;
+int64_t add_words(const Nibbles* const* row, const float* x, int64_t at, int64_t words, Floats* totals) {
+  if (at + LANES > words) return at;
+  Lanes<LANES, float> sums[ROWS];
+  for (int r = 0; r < ROWS; ++r) std::memcpy(&sums[r], &totals[r], sizeof sums[r]);
   for (; at + LANES <= words; at += LANES) {
     Lanes<LANES, int32_t> word[ROWS];
     for (int r = 0; r < ROWS; ++r) std::memcpy(&word[r], row[r] + at, sizeof word[r]);
+    // The last nibble first: each is at the top of its word when its turn comes, 2^28 times what it says.
 #pragma GCC unroll 8
-    for (int nibble = 0; nibble < 8; ++nibble) {
+    for (int nibble = 7; nibble >= 0; --nibble) {
       Lanes<LANES, float> factor;
       std::memcpy(&factor, x + 8 * at + nibble * LANES, sizeof factor);
-      for (int r = 0; r < ROWS; ++r)
-        sums[r] += __builtin_convertvector(word[r] << (28 - 4 * nibble) >> 28, Lanes<LANES, float>) * factor;
+      for (int r = 0; r < ROWS; ++r) {
+        sums[r] += __builtin_convertvector(word[r] & int32_t(0xf0000000), Lanes<LANES, float>) * factor;
+        word[r] <<= 4;
+      }
     }
   }
-  for (int r = 0; r < ROWS; ++r) {
-    float lanes[LANES];
-    std::memcpy(lanes, &sums[r], sizeof lanes);
-    for (int half = LANES / 2; half; half /= 2)
-      for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    y[r] += lanes[0];
-  }
+  for (int r = 0; r < ROWS; ++r) std::memcpy(&totals[r], &sums[r], sizeof sums[r]);
   return at;
 }
 
 template <int ROWS>
 void dots(const Nibbles* const* row, const float* x, int64_t d, float* y) {
-  for (int r = 0; r < ROWS; ++r) y[r] = 0;
-  int64_t words = d / 8, at = add_words<16, ROWS>(row, x, 0, words, y);
-  at = add_words<8, ROWS>(row, x, at, words, y);
-  at = add_words<4, ROWS>(row, x, at, words, y);
-  add_words<1, ROWS>(row, x, at, words, y);
+  Floats totals[ROWS] = {};
+  int64_t words = d / 8, at = add_words<16, ROWS>(row, x, 0, words, totals);
+  at = add_words<8, ROWS>(row, x, at, words, totals);
+  at = add_words<4, ROWS>(row, x, at, words, totals);
+  add_words<1, ROWS>(row, x, at, words, totals);
+  for (int r = 0; r < ROWS; ++r) y[r] = folded<16>(totals[r]) * 0x1p-28f;
 }
 
 // The same for `count` <= 4 rows.
