@@ -28,7 +28,9 @@ from .evaluate import Evaluation
 from .predictors import Predictor, SiteMetrics, ThresholdCurve
 from .workdir import replacing
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# 2 had predictors of MLPs in int8 only, which 3 can hold as well.
+READABLE = (2, 3)
 CONFIG = "dejavu_config.json"
 TENSORS = "predictors.safetensors"
 
@@ -327,10 +329,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtifactError(f"{path} is not readable JSON", found=str(error)) from None
     version = config.get("format_version") if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise ArtifactError(
             f"{path} has a format that this version can't read", found=f"format version {version}",
-            expected=f"format version {FORMAT_VERSION}",
+            expected=f"format version {' or '.join(map(str, READABLE))}",
             fix="update dejavu_compile, or calibrate again",
         )  # fmt: skip
     return config
