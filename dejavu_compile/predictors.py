@@ -52,14 +52,15 @@ _MAX_SORTED = 1 << 22
 def rank_for_budget(
     dense_bytes: int, source_width: int, units: int, bits: int, budget: float = 0.05
 ) -> int:
-    """Largest rank, a multiple of 16, whose two matrices fit `budget` of the dense bytes; 0: none.
+    """Largest rank, a multiple of 16 (of 32 in four bits), whose two matrices fit `budget` of the dense bytes; 0: none.
 
-    bits: of an element. Never above min(source_width, units): past it the low rank saves nothing.
+    bits: of an element. Rows of whole 16 bytes are read by whole vectors. Never above min(source_width, units): past it the low rank saves nothing.
     """
     bytes_per_rank = (source_width + units) * bits / 8
     # The nudge keeps a rank that fits exactly from being lost to the rounding of `budget`.
     affordable = math.floor(budget * dense_bytes / bytes_per_rank * (1 + 1e-12))
-    return min(affordable, source_width, units) // RANK_MULTIPLE * RANK_MULTIPLE
+    multiple = RANK_MULTIPLE * 8 // min(bits, 8)
+    return min(affordable, source_width, units) // multiple * multiple
 
 
 def rank_and_bits(
