@@ -52,9 +52,10 @@ _MAX_SORTED = 1 << 22
 def rank_for_budget(
     dense_bytes: int, source_width: int, units: int, bits: int, budget: float = 0.05
 ) -> int:
-    """Largest rank, a multiple of 16 (of 32 in four bits), whose two matrices fit `budget` of the dense bytes; 0: none.
+    """Largest rank, a multiple of 16, whose two matrices fit `budget` of the dense bytes; 0: none.
 
-    bits: of an element. Rows of whole 16 bytes are read by whole vectors. Never above min(source_width, units): past it the low rank saves nothing.
+    bits: of an element. In four bits the rank is a multiple of 32: rows of whole 16 bytes are read by whole vectors.
+    Never above min(source_width, units): past it the low rank saves nothing.
     """
     bytes_per_rank = (source_width + units) * bits / 8
     # The nudge keeps a rank that fits exactly from being lost to the rounding of `budget`.
@@ -122,8 +123,9 @@ class SiteExamples:
 class Predictor:
     """score = scale * (up @ (down @ source)) + bias.
 
-    down [rank, source width] and up [units, rank] of one dtype, int8 or two columns a byte once
-    `quantized`; bias and scale [units] fp32. Once `full_rank`, there is no down, and up is [units, source width].
+    down [rank, source width] and up [units, rank] of one dtype, once `quantized` int8 or packed
+    (`kernels/nibbles.py`); bias and scale [units] fp32. Once `full_rank`, there is no down, and up is
+    [units, source width].
     """
 
     down: Tensor | None

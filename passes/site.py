@@ -260,9 +260,9 @@ class Found:
 class PredictorWeights:
     """score = up @ (down @ source) + bias; a unit is selected where the score is above zero.
 
-    down [rank, source width] and up [units, rank] in the model's dtype, int8, or two columns a byte
-    (`kernels/nibbles.py`); bias [units] fp32, with the calibrated threshold already subtracted. Of heads there are so few that the rank is full: `down` is
-    None, and up [units, source width]. (Deja Vu, section 4.1; the bias is ours)
+    down [rank, source width] and up [units, rank] in the model's dtype, int8, or packed (`kernels/nibbles.py`);
+    bias [units] fp32, with the calibrated threshold already subtracted. Of heads there are so few that the rank
+    is full: `down` is None, and up [units, source width]. (Deja Vu, section 4.1; the bias is ours)
     """
 
     down: torch.Tensor | None
