@@ -109,27 +109,29 @@ constexpr int64_t stored<Nibbles>(int64_t columns) {
   return columns / 8;
 }
 
-// Where an element of the vector lies that `dots` multiplies a matrix of W with. Widening bytes to words is most
-// of the time that int8 takes. Words of nibbles are shifted instead, many at once: so the elements that belong to
-// the same nibble of neighbouring words lie side by side, for as many words as `dots` then takes.
+// Element `column` of the vector that `dots` multiplies a matrix of W with, where `dots` expects it. Widening bytes
+// to words is most of the time that int8 takes. Of words of nibbles no byte is moved: elements that belong to the
+// same nibble of neighbouring words lie side by side, for as many words as `dots` takes at a time, and are scaled
+// down by what the nibble's place in its half of a word multiplies it with.
 template <class W>
-int64_t place(int64_t column, int64_t columns) {
-  return column;
+void put(float* x, int64_t column, int64_t columns, float value) {
+  x[column] = value;
 }
 
 template <>
-int64_t place<Nibbles>(int64_t column, int64_t columns) {
-  int64_t half = columns / 2, high = column >= half, byte = column - high * half;
+void put<Nibbles>(float* x, int64_t column, int64_t columns, float value) {
+  constexpr float scale[4] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f};
+  int64_t half = columns / 2, high = column >= half, byte = column - high * half, nibble = byte % 4 * 2 + high;
   int64_t word = byte / 4, words = half / 4, begin = 0;
   for (int64_t lanes : {16, 8, 4, 1}) {
     int64_t end = begin + (words - begin) / lanes * lanes;
     if (word < end) {
       int64_t block = begin + (word - begin) / lanes * lanes;
-      return 8 * block + (byte % 4 * 2 + high) * lanes + word - block;
+      x[8 * block + nibble * lanes + word - block] = value * scale[nibble % 4];
+      return;
     }
     begin = end;
   }
-  return column;
 }
 
 // Adds the words from `at` on, LANES at a time, to the first lanes of `totals`; returns where it stopped.
@@ -139,16 +141,24 @@ int64_t add_words(const Nibbles* const* row, const float* x, int64_t at, int64_t
   Lanes<LANES, float> sums[ROWS];
   for (int r = 0; r < ROWS; ++r) std::memcpy(&sums[r], &totals[r], sizeof sums[r]);
   for (; at + LANES <= words; at += LANES) {
-    Lanes<LANES, int32_t> word[ROWS];
-    for (int r = 0; r < ROWS; ++r) std::memcpy(&word[r], row[r] + at, sizeof word[r]);
-    // The last nibble first: each is at the top of its word when its turn comes, 2^28 times what it says.
+    Lanes<LANES, int32_t> word[ROWS][2];
+    for (int r = 0; r < ROWS; ++r) {
+      std::memcpy(&word[r][0], row[r] + at, sizeof word[r][0]);
+      // With its sign bit flipped, a nibble of two's complement is 8 more than it says.
+      word[r][0] ^= int32_t(0x88888888);
+      word[r][1] = word[r][0] >> 16;
+    }
 #pragma GCC unroll 8
-    for (int nibble = 7; nibble >= 0; --nibble) {
+    for (int nibble = 0; nibble < 8; ++nibble) {
+      const int shift = nibble % 4 * 4;
       Lanes<LANES, float> factor;
       std::memcpy(&factor, x + 8 * at + nibble * LANES, sizeof factor);
       for (int r = 0; r < ROWS; ++r) {
-        sums[r] += __builtin_convertvector(word[r] & int32_t(0xf0000000), Lanes<LANES, float>) * factor;
-        word[r] <<= 4;
+        // As the last bits of 2^23: nothing is shifted or converted.
+        Lanes<LANES, int32_t> bits = (word[r][nibble / 4] & (15 << shift)) | 0x4b000000;
+        Lanes<LANES, float> value;
+        std::memcpy(&value, &bits, sizeof value);
+        sums[r] += (value - float((1 << 23) + (8 << shift))) * factor;
       }
     }
   }
@@ -163,7 +173,7 @@ void dots(const Nibbles* const* row, const float* x, int64_t d, float* y) {
   at = add_words<8, ROWS>(row, x, at, words, totals);
   at = add_words<4, ROWS>(row, x, at, words, totals);
   add_words<1, ROWS>(row, x, at, words, totals);
-  for (int r = 0; r < ROWS; ++r) y[r] = folded<16>(totals[r]) * 0x1p-28f;
+  for (int r = 0; r < ROWS; ++r) y[r] = folded<16>(totals[r]);
 }
 
 // The same for `count` <= 4 rows.
@@ -277,10 +287,9 @@ template <class T, class W>
 void select(const T* source, const W* down, const W* up, const float* bias, int32_t* index, int32_t* count,
             int64_t tokens, int64_t width, int64_t rank, int64_t n, int threads) {
   std::vector<float> wide(tokens * width), inner(tokens * rank);
-  for (int64_t column = 0; column < width; ++column) {
-    int64_t at = place<W>(column, width);
-    for (int64_t t = 0; t < tokens; ++t) wide[t * width + at] = float(source[t * width + column]);
-  }
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t column = 0; column < width; ++column)
+      put<W>(wide.data() + t * width, column, width, float(source[t * width + column]));
   std::vector<uint8_t> keep(n);
 #pragma omp parallel num_threads(threads)
   {
@@ -292,7 +301,7 @@ void select(const T* source, const W* down, const W* up, const float* bias, int3
       for (int64_t t = 0; t < tokens; ++t) {
         float y[4];
         some_dots(row, some, wide.data() + t * width, width, y);
-        for (int64_t r = 0; r < some; ++r) inner[t * rank + place<W>(first + r, rank)] = y[r];
+        for (int64_t r = 0; r < some; ++r) put<W>(inner.data() + t * rank, first + r, rank, y[r]);
       }
     }
 #pragma omp for schedule(static)
