@@ -20,8 +20,9 @@ from torch import nn
 from dejavu_compile.attachments import Attachment, attach, fingerprint, make_unit_major
 from dejavu_compile.backend import dejavu
 from dejavu_compile.bench import environment, write
+from dejavu_compile.kernels.nibbles import pack
 from dejavu_compile.passes.site import Policy, PredictorWeights
-from dejavu_compile.predictors import rank_for_budget
+from dejavu_compile.predictors import rank_and_bits
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -54,14 +55,13 @@ def predict(stack: Stack, density: float) -> list[torch.Tensor]:
         mask = torch.zeros(units, dtype=torch.bfloat16)
         mask[chosen] = 1
         masks.append(mask)
-        rank = rank_for_budget(2 * 2 * width * units, width, units, 1)
-
-        def int8(*shape: int) -> torch.Tensor:
-            return torch.randint(-8, 9, shape, dtype=torch.int8, generator=generator)
-
-        predictor = PredictorWeights(
-            int8(rank, width), int8(units, rank), (mask.float() * 2 - 1) * 1e6
+        rank, bits = rank_and_bits(2 * 2 * width * units, width, units)
+        matrices = (
+            torch.randint(-7, 8, shape, dtype=torch.int8, generator=generator)
+            for shape in ((rank, width), (units, rank))
         )
+        bias = (mask.float() * 2 - 1) * 1e6
+        predictor = PredictorWeights(*(pack(m) if bits == 4 else m for m in matrices), bias)
         make_unit_major(down.weight, 1, produces_units=False)
         attach(
             down.weight,

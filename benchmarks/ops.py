@@ -21,9 +21,10 @@ from dejavu_compile.kernels.attention import _attention_kernel, launch_attention
 from dejavu_compile.kernels.gathered_sum import _sum_kernel, launch_sum
 from dejavu_compile.kernels.gemv import _gemv_kernel, launch_gemv
 from dejavu_compile.kernels.heads import _head_sum_kernel, launch_head_sum
+from dejavu_compile.kernels.nibbles import pack
 from dejavu_compile.kernels.rows import _rows_kernel, launch_rows
 from dejavu_compile.kernels.select import launch_select, select_kernels
-from dejavu_compile.predictors import rank_for_budget
+from dejavu_compile.predictors import rank_and_bits
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
@@ -39,14 +40,18 @@ class Layers:
     """Weights, caches, predictor and a selection for a few layers of one shape."""
 
     def __init__(
-        self, d: int, n: int, density: float, layers: int, slots: int, group: int
+        self, d: int, n: int, density: float, layers: int, slots: int, group: int, bits: int
     ) -> None:
         make = torch.Generator("cuda").manual_seed(0)
 
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=make, device="cuda", dtype=torch.bfloat16) * 0.02
 
-        rank = rank_for_budget(2 * d * n * 2, d, n, 1)
+        def predictor(*shape: int) -> torch.Tensor:
+            made = torch.randint(-7, 8, shape, device="cuda", dtype=torch.int8, generator=make)
+            return pack(made) if self.bits == 4 else made
+
+        rank, self.bits = rank_and_bits(2 * d * n * 2, d, n, least_bits=bits)
         self.d, self.n, self.rank, self.count = d, n, rank, round(density * n)
         self.x = normal(1, d)
         self.hidden = normal(1, n)
@@ -56,10 +61,8 @@ class Layers:
         self.bias_d = normal(d)
         self.arrived = torch.zeros(4096, dtype=torch.int32, device="cuda")
         self.bias_n = normal(n)
-        self.down = [torch.randint(-8, 9, (rank, d), device="cuda", dtype=torch.int8, generator=make)
-                     for _ in range(layers)]  # fmt: skip
-        self.up = [torch.randint(-8, 9, (n, rank), device="cuda", dtype=torch.int8, generator=make)
-                   for _ in range(layers)]  # fmt: skip
+        self.down = [predictor(rank, d) for _ in range(layers)]
+        self.up = [predictor(n, rank) for _ in range(layers)]
         self.heads, self.slots, self.group = d // HEAD_DIM, slots, group
         half = torch.arange(self.heads, device="cuda") % 2 == 0
         self.head_score = torch.where(half, 1.0, -1.0).to(torch.bfloat16)[None]
@@ -105,7 +108,7 @@ def attention(w: Layers, i: int, score: torch.Tensor | None, **config: Any) -> t
 
 def cases(w: Layers) -> dict[str, tuple[Callable[[int], Any], float]]:
     """Name -> (what to run for layer i, bytes that it must read)."""
-    d, n, k, r = w.d, w.n, w.count, w.rank
+    d, n, k, r = w.d, w.n, w.count, w.rank * w.bits / 8
     select = select_kernels(w.x, w.down[0], w.up[0])
     row = 2.0 * d * k
 
@@ -123,9 +126,9 @@ def cases(w: Layers) -> dict[str, tuple[Callable[[int], Any], float]]:
         launch_select((_Skip(), select[1], _Skip()), w.x, w.down[i], w.up[i], w.score_bias)
 
     return {
-        "select: inner": (inner, float(r * d)),
-        "select: scores": (scores, float(r * n)),
-        "select": (lambda i: launch_select(select, w.x, w.down[i], w.up[i], w.score_bias), float(r * (d + n))),
+        "select: inner": (inner, r * d),
+        "select: scores": (scores, r * n),
+        "select": (lambda i: launch_select(select, w.x, w.down[i], w.up[i], w.score_bias), r * (d + n)),
         "rows": (lambda i: launch_rows(_rows_kernel, w.x, w.into[i], w.bias_n, w.selection, "relu"), row),
         "sum": (lambda i: launch_sum(_sum_kernel, w.hidden, w.out[i], *w.selection, True, w.arrived), row),
         "chain": (chain, 2 * row + r * (d + n)),
@@ -241,6 +244,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--slots", type=int, default=512, help="length of the cache")
     parser.add_argument("--group", type=int, default=1, help="heads that share keys")
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 8), default=4, help="of a predictor's weight"
+    )
     parser.add_argument("--sweep", nargs="*", default=[], help="kernels to try block sizes of")
     parser.add_argument("--out", type=Path, default=RESULTS / "ops.json")
     args = parser.parse_args()
@@ -250,7 +256,7 @@ def main() -> None:
     print(environment(), flush=True)
     rows = []
     for shape in args.shapes:
-        w = Layers(*SHAPES[shape], args.density, args.layers, args.slots, args.group)
+        w = Layers(*SHAPES[shape], args.density, args.layers, args.slots, args.group, args.bits)
         check(w)
         for name, (body, num_bytes) in cases(w).items():
             us = graph_us(body, args.layers)

@@ -55,7 +55,7 @@ class Study:
     def scorers(self, variant: Variant, seed: int) -> list[Scorer]:
         """Fitted, or those of a variant that is fitted alike."""
         site, sites = self.recordings[0].site, self.sites(variant)
-        rank = rank_for_budget(site.bytes_dense // 2, sites[0].source_width, site.units, 1)
+        rank = rank_for_budget(site.bytes_dense // 2, sites[0].source_width, site.units, 8)
         ranks = [variant.rank(rank)] * len(sites)
         if variant.ranks == "uneven":
             wide = self.scorers(replace(variant, ranks="equal", bits=4), seed)

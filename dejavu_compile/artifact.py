@@ -28,8 +28,9 @@ from .evaluate import Evaluation
 from .predictors import Predictor, SiteMetrics, ThresholdCurve
 from .workdir import replacing
 
-FORMAT_VERSION = 3
-READABLE = {2, 3}  # 3 has sensitivities of gates
+FORMAT_VERSION = 4
+# 2 had neither sensitivities of gates nor predictors of MLPs in int4, 3 no predictors in int4.
+READABLE = (2, 3, 4)
 CONFIG = "dejavu_config.json"
 TENSORS = "predictors.safetensors"
 THRESHOLDED = (Policy.PREDICT, Policy.GATE)  # units run by a threshold, which sets the density
@@ -346,7 +347,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if version not in READABLE:
         raise ArtifactError(
             f"{path} has a format that this version can't read", found=f"format version {version}",
-            expected=f"format version {FORMAT_VERSION}",
+            expected=f"format version {' or '.join(map(str, READABLE))}",
             fix="update dejavu_compile, or calibrate again",
         )  # fmt: skip
     return config

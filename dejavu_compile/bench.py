@@ -24,13 +24,14 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, StaticCache
 
+from dejavu_compile.kernels.nibbles import pack
 from dejavu_compile.passes.site import Policy, PredictorWeights
 
 from ._compat import compile_counters
 from .attachments import Attachment, attach, attached, fingerprint, make_unit_major
 from .errors import OptionError
 from .evaluate import masked
-from .predictors import rank_for_budget
+from .predictors import rank_and_bits
 
 
 def opt(hidden: int, ffn: int, layers: int, heads: int, context: int = 2048) -> OPTConfig:
@@ -286,14 +287,16 @@ def attach_gates(model: nn.Module, density: float, length: int, batch: int = 1) 
 
 
 def _mlp_predictor(part: Part, budget: float, seed: int) -> PredictorWeights:
-    """int8, its rank set by the byte budget."""
+    """As calibration stores them, its rank set by the byte budget."""
     generator = torch.Generator(part.out.device).manual_seed(seed)
     width = part.out.shape[0]
-    rank = rank_for_budget(part.num_bytes, width, part.units, 1, budget)
+    rank, bits = rank_and_bits(part.num_bytes, width, part.units, budget)
     down, up = (
-        torch.randint(-8, 9, shape, generator=generator, dtype=torch.int8, device=part.out.device)
+        torch.randint(-7, 8, shape, generator=generator, dtype=torch.int8, device=part.out.device)
         for shape in ((rank, width), (part.units, rank))
     )
+    if bits == 4:
+        down, up = pack(down), pack(up)
     return PredictorWeights(down, up, torch.empty(part.units, device=part.out.device))
 
 

@@ -36,7 +36,7 @@ from .predictors import (
     chunks,
     fit_predictors,
     measure,
-    rank_for_budget,
+    rank_and_bits,
     shared_threshold_curve,
     thinned_for,
     threshold_curve,
@@ -48,6 +48,7 @@ from .workdir import Memory, Rows, Store, Tensors, Workdir
 log = logging.getLogger(__name__)
 
 PREDICTOR_BUDGET = 0.05
+LEAST_BITS = 4  # of a predictor's weight; 8 keeps those of MLPs in int8
 MAX_TOKENS = 200_000
 # What a head that matters as much as the mean weighs in the loss, where leaving any out weighs 1
 HEAD_WEIGHT = 4.0
@@ -113,7 +114,7 @@ def _carrier(record: Recording) -> torch.Tensor | Rows:
     return record.stacked("carrier" if record.carrier else "hidden")
 
 
-def _rank(record: Recording, source: Recording) -> int:
+def _rank_and_bits(record: Recording, source: Recording) -> tuple[int, int]:
     width = source.source[0].shape[1]
     # Counted at 2 bytes a weight at most, so that what is fitted in fp32 keeps its promise in bf16.
     itemsize = record.weight.element_size()
@@ -122,9 +123,10 @@ def _rank(record: Recording, source: Recording) -> int:
         # Heads are so few that a full rank fits, in the model's dtype.
         units = record.site.units
         fits = units <= width and PREDICTOR_BUDGET * dense_bytes >= 2 * units * width
-        return units if fits else 0
-    int8 = 1
-    return rank_for_budget(dense_bytes, width, record.site.units, int8, PREDICTOR_BUDGET)
+        return units if fits else 0, 16
+    return rank_and_bits(
+        dense_bytes, width, record.site.units, PREDICTOR_BUDGET, least_bits=LEAST_BITS
+    )
 
 
 def _held_out(values: torch.Tensor | Rows, share: float = HELD_OUT) -> torch.Tensor | Rows:
@@ -146,22 +148,22 @@ def _record(recording: Recording, policy: Policy, curve: ThresholdCurve) -> Site
 
 
 def _fit(
-    jobs: Sequence[tuple[Recording, Recording, int]],
+    jobs: Sequence[tuple[Recording, Recording, int, int]],
     costs: Mapping[str, torch.Tensor],
     lookahead: int,
     seed: int,
     progress: Progress,
     store: Store,
 ) -> list[SiteRecord]:
-    """Predictors for (site, source site, rank), all trained together. `costs` of heads, by site."""
+    """Predictors for (site, source site, rank, bits), all trained together. `costs` of heads, by site."""
     if not jobs:
         return []
     parts = [field.name for field in dataclasses.fields(Predictor)]
 
     def fit() -> Tensors:
         fitted = fit_predictors(
-            [_to_fit(record, source, costs).split(HELD_OUT)[0] for record, source, _ in jobs],
-            [rank for *_, rank in jobs],
+            [_to_fit(record, source, costs).split(HELD_OUT)[0] for record, source, *_ in jobs],
+            [rank for *_, rank, _ in jobs],
             seed=seed,
             steps=FIT_STEPS,
             progress=progress,
@@ -175,20 +177,20 @@ def _fit(
     ]
     kinds = [record.site.kind for record, *_ in jobs]
     fitted = [
-        predictor.quantized() if kind is SiteKind.MLP else predictor.full_rank()
-        for predictor, kind in zip(fitted, kinds, strict=True)
+        predictor.quantized(bits) if kind is SiteKind.MLP else predictor.full_rank()
+        for predictor, kind, (*_, bits) in zip(fitted, kinds, jobs, strict=True)
     ]
     # One threshold for all sites of a kind: scores are in one unit, so each gets the density that it needs.
     curves = {
         kind: shared_threshold_curve(
             predictor.score(thinned_for(_held_out(source.stacked("source")), record.site.units))
-            for predictor, (record, source, _), other in zip(fitted, jobs, kinds, strict=True)
+            for predictor, (record, source, *_), other in zip(fitted, jobs, kinds, strict=True)
             if other is kind
         )
         for kind in set(kinds)
     }
     records = []
-    for (record, source, _), predictor, kind in zip(jobs, fitted, kinds, strict=True):
+    for (record, source, *_), predictor, kind in zip(jobs, fitted, kinds, strict=True):
         records.append(
             dataclasses.replace(
                 _record(record, Policy.PREDICT, curves[kind]),
@@ -262,6 +264,7 @@ def _store(
         "model": f"{type(model).__name__} {model_fingerprint(model)}",
         "batches": _data_hash(batches),
         **options,
+        "least bits": LEAST_BITS,
         "device": next(model.parameters()).device.type,
         "torch": str(torch.__version__),
     }
@@ -447,11 +450,11 @@ def _records(
 ) -> list[SiteRecord]:  # fmt: skip
     sources = _sources(recordings, lookahead)
     chosen = [
-        _choose(policy, r, s, _rank(r, s) if s else 0)
+        _choose(policy, r, s, _rank_and_bits(r, s)[0] if s else 0)
         for r, s in zip(recordings, sources, strict=True)
     ]
     jobs = [i for i, c in enumerate(chosen) if c is Policy.PREDICT]
-    pairs = [(recordings[i], sources[i], _rank(recordings[i], sources[i])) for i in jobs]
+    pairs = [(recordings[i], sources[i], *_rank_and_bits(recordings[i], sources[i])) for i in jobs]
     heads = [r for r, *_ in pairs if r.site.kind is SiteKind.ATTENTION]
     costs = (
         head_costs(model, batches, heads, seed=seed, progress=progress, store=store)

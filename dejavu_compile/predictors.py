@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vjp, vmap
 
+from dejavu_compile.kernels import nibbles
+
 from .errors import CalibrationError
 from .workdir import Rows
 
@@ -49,16 +51,33 @@ _MAX_SORTED = 1 << 22
 
 
 def rank_for_budget(
-    dense_bytes: int, source_width: int, units: int, itemsize: int, budget: float = 0.05
+    dense_bytes: int, source_width: int, units: int, bits: int, budget: float = 0.05
 ) -> int:
     """Largest rank, a multiple of 16, whose two matrices fit `budget` of the dense bytes; 0: none.
 
+    bits: of an element. In four bits the rank is a multiple of 32: rows of whole 16 bytes are read by whole vectors.
     Never above min(source_width, units): past it the low rank saves nothing.
     """
-    bytes_per_rank = (source_width + units) * itemsize
+    bytes_per_rank = (source_width + units) * bits / 8
     # The nudge keeps a rank that fits exactly from being lost to the rounding of `budget`.
     affordable = math.floor(budget * dense_bytes / bytes_per_rank * (1 + 1e-12))
-    return min(affordable, source_width, units) // RANK_MULTIPLE * RANK_MULTIPLE
+    multiple = RANK_MULTIPLE * 8 // min(bits, 8)
+    return min(affordable, source_width, units) // multiple * multiple
+
+
+def rank_and_bits(
+    dense_bytes: int, source_width: int, units: int, budget: float = 0.05, *, least_bits: int = 4
+) -> tuple[int, int]:
+    """The largest rank for the budget in int4 or int8, and which: int8 where four bits buy no rank or don't fit.
+
+    Twice the rank for the same bytes is worth far more than the rounding costs. (docs/predictors.md)
+    """
+    rank = rank_for_budget(dense_bytes, source_width, units, 8, budget)
+    if least_bits <= 4 and source_width % nibbles.MULTIPLE == 0:
+        longer = rank_for_budget(dense_bytes, source_width, units, 4, budget)
+        if longer > rank:
+            return longer, 4
+    return rank, 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,8 +124,9 @@ class SiteExamples:
 class Predictor:
     """score = scale * (up @ (down @ source)) + bias.
 
-    down [rank, source width] and up [units, rank] of one dtype, int8 once `quantized`; bias and
-    scale [units] fp32. Once `full_rank`, there is no down, and up is [units, source width].
+    down [rank, source width] and up [units, rank] of one dtype, once `quantized` int8 or packed
+    (`kernels/nibbles.py`); bias and scale [units] fp32. Once `full_rank`, there is no down, and up is
+    [units, source width].
     """
 
     down: Tensor | None
@@ -125,19 +145,21 @@ class Predictor:
 
     def score(self, source: Tensor) -> Tensor:
         """Scores [..., units] in fp32, whatever dtype the two matrices are stored in."""
-        inner = (
-            source.float() if self.down is None else F.linear(source.float(), self.down.float())
-        )
-        return F.linear(inner, self.up.float()) * self.scale + self.bias
+        inner = source.float()
+        if self.down is not None:
+            inner = F.linear(inner, nibbles.unpacked(self.down).float())
+        return F.linear(inner, nibbles.unpacked(self.up).float()) * self.scale + self.bias
 
-    def quantized(self) -> Predictor:
-        """The predictor as it is stored and run: both matrices int8. Set thresholds with this one.
+    def quantized(self, bits: int) -> Predictor:
+        """The predictor as it is stored and run: both matrices in 8 or 4 bits. Set thresholds with this one.
 
         A row of `down` has one scale, which moves into the columns of `up`; a row of `up` has one,
-        which is kept. Twice the rank for the same bytes is worth far more than the rounding costs.
+        which is kept.
         """
-        down, down_scale = _to_int8(self.down.float())
-        up, up_scale = _to_int8(self.up.float() * down_scale)
+        down, down_scale = _rounded(self.down.float(), bits)
+        up, up_scale = _rounded(self.up.float() * down_scale, bits)
+        if bits == 4:
+            down, up = nibbles.pack(down), nibbles.pack(up)
         return Predictor(down, up, self.bias, self.scale * up_scale)
 
     def full_rank(self) -> Predictor:
@@ -151,9 +173,9 @@ class Predictor:
         return (self.bias - threshold) / self.scale
 
 
-def _to_int8(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric, one scale a row: `matrix` is about `quantized * scale[:, None]`."""
-    scale = (matrix.abs().amax(dim=1) / 127).clamp(min=1e-12)
+def _rounded(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Symmetric, one scale a row: `matrix` is about `rounded * scale[:, None]`, which is int8 of so many bits."""
+    scale = (matrix.abs().amax(dim=1) / (2 ** (bits - 1) - 1)).clamp(min=1e-12)
     return (matrix / scale[:, None]).round().to(torch.int8), scale
 
 
@@ -263,7 +285,7 @@ def _prepare(examples: SiteExamples) -> _Prepared:
     mean = (sum(source[c].double().sum(0) for c in parts) / tokens).float()
     variance = sum((source[c].float() - mean).double().square().sum(0) for c in parts) / tokens
     scale = variance.sqrt().float()
-    # Stretched like the others, a channel that hardly moves would have the largest weights, whose int8 steps are too
+    # Stretched like the others, a channel that hardly moves would have the largest weights, whose steps are too
     # coarse for all others. Infinitely wide, it is read as zero and has no weight.
     scale = torch.where(scale > QUIET * scale.median(), scale, torch.inf)
     cutoff = contribution_cutoff(examples) if examples.cutoff is None else examples.cutoff

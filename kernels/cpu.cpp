@@ -56,12 +56,20 @@ Floats load(const int8_t* from) {
   return __builtin_convertvector(words, Floats);
 }
 
-inline float folded(Floats sum) {
-  float lanes[16];
-  std::memcpy(lanes, &sum, sizeof lanes);
-  for (int half = 8; half; half /= 2)
-    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
+template <int LANES, class E>
+using Lanes __attribute__((vector_size(LANES * sizeof(E)))) = E;
+
+// The sum of all lanes, half to half.
+template <int LANES>
+inline float folded(Lanes<LANES, float> sum) {
+  if constexpr (LANES == 1) {
+    return sum[0];
+  } else {
+    Lanes<LANES / 2, float> low, high;
+    std::memcpy(&low, &sum, sizeof low);
+    std::memcpy(&high, (const char*)&sum + sizeof low, sizeof high);
+    return folded<LANES / 2>(low + high);
+  }
 }
 
 // y[r] = row[r] . x for ROWS rows at once. A core asks for more lines at a time along several rows than
@@ -81,9 +89,91 @@ void dots(const W* const* row, const float* x, int64_t d, float* y) {
     for (int r = 0; r < ROWS; ++r) sums[r][0] += load(row[r] + i) * load(x + i);
     i += 16;
   }
-  for (int r = 0; r < ROWS; ++r) y[r] = folded(sums[r][0] + sums[r][1]);
+  for (int r = 0; r < ROWS; ++r) y[r] = folded<16>(sums[r][0] + sums[r][1]);
   for (; i < d; ++i)
     for (int r = 0; r < ROWS; ++r) y[r] += float(row[r][i]) * x[i];
+}
+
+// Eight columns in four signed bits each: four bytes of each half of a packed row (see nibbles.py).
+struct Nibbles {
+  int32_t word;
+};
+
+template <class W>
+constexpr int64_t stored(int64_t columns) {
+  return columns;
+}
+
+template <>
+constexpr int64_t stored<Nibbles>(int64_t columns) {
+  return columns / 8;
+}
+
+// Element `column` of the vector that `dots` multiplies a matrix of W with, where `dots` expects it. Widening bytes
+// to words is most of the time that int8 takes. Of words of nibbles no byte is moved: elements that belong to the
+// same nibble of neighbouring words lie side by side, for as many words as `dots` takes at a time, and are scaled
+// down by what the nibble's place in its half of a word multiplies it with.
+template <class W>
+void put(float* x, int64_t column, int64_t columns, float value) {
+  x[column] = value;
+}
+
+template <>
+void put<Nibbles>(float* x, int64_t column, int64_t columns, float value) {
+  constexpr float scale[4] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f};
+  int64_t half = columns / 2, high = column >= half, byte = column - high * half, nibble = byte % 4 * 2 + high;
+  int64_t word = byte / 4, words = half / 4, begin = 0;
+  for (int64_t lanes : {16, 8, 4, 1}) {
+    int64_t end = begin + (words - begin) / lanes * lanes;
+    if (word < end) {
+      int64_t block = begin + (word - begin) / lanes * lanes;
+      x[8 * block + nibble * lanes + word - block] = value * scale[nibble % 4];
+      return;
+    }
+    begin = end;
+  }
+}
+
+// Adds the words from `at` on, LANES at a time, to the first lanes of `totals`; returns where it stopped.
+template <int LANES, int ROWS>
+int64_t add_words(const Nibbles* const* row, const float* x, int64_t at, int64_t words, Floats* totals) {
+  if (at + LANES > words) return at;
+  Lanes<LANES, float> sums[ROWS];
+  for (int r = 0; r < ROWS; ++r) std::memcpy(&sums[r], &totals[r], sizeof sums[r]);
+  for (; at + LANES <= words; at += LANES) {
+    Lanes<LANES, int32_t> word[ROWS][2];
+    for (int r = 0; r < ROWS; ++r) {
+      std::memcpy(&word[r][0], row[r] + at, sizeof word[r][0]);
+      // With its sign bit flipped, a nibble of two's complement is 8 more than it says.
+      word[r][0] ^= int32_t(0x88888888);
+      word[r][1] = word[r][0] >> 16;
+    }
+#pragma GCC unroll 8
+    for (int nibble = 0; nibble < 8; ++nibble) {
+      const int shift = nibble % 4 * 4;
+      Lanes<LANES, float> factor;
+      std::memcpy(&factor, x + 8 * at + nibble * LANES, sizeof factor);
+      for (int r = 0; r < ROWS; ++r) {
+        // As the last bits of 2^23: nothing is shifted or converted.
+        Lanes<LANES, int32_t> bits = (word[r][nibble / 4] & (15 << shift)) | 0x4b000000;
+        Lanes<LANES, float> value;
+        std::memcpy(&value, &bits, sizeof value);
+        sums[r] += (value - float((1 << 23) + (8 << shift))) * factor;
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) std::memcpy(&totals[r], &sums[r], sizeof sums[r]);
+  return at;
+}
+
+template <int ROWS>
+void dots(const Nibbles* const* row, const float* x, int64_t d, float* y) {
+  Floats totals[ROWS] = {};
+  int64_t words = d / 8, at = add_words<16, ROWS>(row, x, 0, words, totals);
+  at = add_words<8, ROWS>(row, x, at, words, totals);
+  at = add_words<4, ROWS>(row, x, at, words, totals);
+  add_words<1, ROWS>(row, x, at, words, totals);
+  for (int r = 0; r < ROWS; ++r) y[r] = folded<16>(totals[r]);
 }
 
 // The same for `count` <= 4 rows.
@@ -196,24 +286,29 @@ int32_t listed(const std::vector<uint8_t>& keep, int32_t* index) {
 template <class T, class W>
 void select(const T* source, const W* down, const W* up, const float* bias, int32_t* index, int32_t* count,
             int64_t tokens, int64_t width, int64_t rank, int64_t n, int threads) {
-  auto wide = widened(source, tokens * width);
-  std::vector<float> inner(tokens * rank);
+  std::vector<float> wide(tokens * width), inner(tokens * rank);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t column = 0; column < width; ++column)
+      put<W>(wide.data() + t * width, column, width, float(source[t * width + column]));
   std::vector<uint8_t> keep(n);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < rank; first += 4) {
       int64_t some = rank - first < 4 ? rank - first : 4;
-      const W* row[4] = {down + first * width, down + (first + 1) * width, down + (first + 2) * width,
-                         down + (first + 3) * width};
-      for (int64_t t = 0; t < tokens; ++t)
-        some_dots(row, some, wide.data() + t * width, width, inner.data() + t * rank + first);
+      const W* row[4];
+      for (int64_t r = 0; r < 4; ++r) row[r] = down + (first + r) * stored<W>(width);
+      for (int64_t t = 0; t < tokens; ++t) {
+        float y[4];
+        some_dots(row, some, wide.data() + t * width, width, y);
+        for (int64_t r = 0; r < some; ++r) put<W>(inner.data() + t * rank, first + r, rank, y[r]);
+      }
     }
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < n; first += 4) {
       int64_t some = n - first < 4 ? n - first : 4;
-      const W* row[4] = {up + first * rank, up + (first + 1) * rank, up + (first + 2) * rank,
-                         up + (first + 3) * rank};
+      const W* row[4];
+      for (int64_t r = 0; r < 4; ++r) row[r] = up + (first + r) * stored<W>(rank);
       for (int64_t t = 0; t < tokens; ++t) {
         float score[4];
         some_dots(row, some, inner.data() + t * rank, rank, score);
@@ -311,8 +406,11 @@ void attention(const T* q, const T* k, const T* v, const float* added, const boo
   }                                                                                                          \
   extern "C" void select_##SUFFIX(const T* source, const void* down, const void* up, const float* bias,     \
                                   int32_t* index, int32_t* count, int64_t tokens, int64_t width,             \
-                                  int64_t rank, int64_t n, int int8, int threads) {                          \
-    if (int8)                                                                                                \
+                                  int64_t rank, int64_t n, int bits, int threads) {                          \
+    if (bits == 4)                                                                                           \
+      select(source, (const Nibbles*)down, (const Nibbles*)up, bias, index, count, tokens, width, rank, n,   \
+             threads);                                                                                       \
+    else if (bits == 8)                                                                                      \
       select(source, (const int8_t*)down, (const int8_t*)up, bias, index, count, tokens, width, rank, n,     \
              threads);                                                                                       \
     else                                                                                                     \

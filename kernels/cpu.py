@@ -121,15 +121,15 @@ def selected(
 ) -> tuple[Tensor, Tensor] | None:
     """`select_reference`, or None where there is no C++ form."""
     form = function("select", source.dtype)
-    int8 = down.dtype is up.dtype is torch.int8
-    if form is None or not (int8 or down.dtype is up.dtype is source.dtype):
+    bits = {torch.uint8: 4, torch.int8: 8, source.dtype: 8 * source.dtype.itemsize}.get(down.dtype)
+    if form is None or bits is None or down.dtype is not up.dtype:
         return None
     source, down, up = source.contiguous(), down.contiguous(), up.contiguous()
-    (tokens, width), (n, rank) = source.shape, up.shape
+    (tokens, width), n, rank = source.shape, up.shape[0], down.shape[0]
     index, count = torch.empty(n, dtype=torch.int32), torch.empty((), dtype=torch.int32)
     form(
         source.data_ptr(), down.data_ptr(), up.data_ptr(), bias.data_ptr(), index.data_ptr(),
-        count.data_ptr(), tokens, width, rank, n, int8, torch.get_num_threads(),
+        count.data_ptr(), tokens, width, rank, n, bits, torch.get_num_threads(),
     )  # fmt: skip
     return index, count
 

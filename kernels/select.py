@@ -4,7 +4,7 @@
 
 The calibrated threshold is part of the bias. Three launches: `down @ source`, split so that a small
 rank fills the chip; the scores with a list per program; the lists moved to their places.
-Matrices in int8 are read by the kernels of `select_int8`.
+Matrices in int8 and in nibbles are read by the kernels of `select_int8`.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from torch.library import triton_op
 
 from . import cpu
 from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
+from .nibbles import columns, is_packed, unpacked
 from .select_int8 import fits, inner_int8_kernel, score_int8_kernel
 from .selection import SEGMENT, fake_selection, list_segment, listed, scatter, scatter_kernel
 
@@ -23,12 +24,13 @@ from .selection import SEGMENT, fake_selection, list_segment, listed, scatter, s
 def select_reference(
     source: Tensor, down: Tensor, up: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """source [m, s]; down [r, s] and up [n, r] of its dtype or int8; bias [n] fp32. Scores in fp32.
+    """source [m, s]; down [r, s] and up [n, r] of its dtype, int8 or packed; bias [n] fp32. Scores in fp32.
 
-    Returns a selection (see `selection`). A NaN score selects the unit, so that it stays visible.
+    Packed, both are uint8 of half as many columns (see `nibbles`), and s and r multiples of 8. Returns a
+    selection (see `selection`). A NaN score selects the unit, so that it stays visible.
     """
-    inner = F.linear(source.float(), down.float())
-    return listed(~(F.linear(inner, up.float(), bias) <= 0))
+    inner = F.linear(source.float(), unpacked(down).float())
+    return listed(~(F.linear(inner, unpacked(up).float(), bias) <= 0))
 
 
 @jit
@@ -87,9 +89,12 @@ def score_kernel(
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """How `down @ source` is cut up: blocks of rows, and splits of `chunk` columns, `block` at a time."""
+    """How `down @ source` is cut up: blocks of rows, and splits of `chunk` columns, `block` at a time.
 
-    whole_words: bool
+    `per_word`: columns in a word of 32 bits, where the rows are read as words; `block` then counts words.
+    """
+
+    per_word: int | None
     block_rows: int
     block: int
     chunk: int
@@ -98,16 +103,18 @@ class _Shape:
 
 def _shape(source: Tensor, down: Tensor, up: Tensor) -> _Shape:
     """About four programs a multiprocessor in the first launch; block sizes measured on an H200."""
-    width, rank = source.shape[1], up.shape[1]
+    width, rank = source.shape[1], columns(up)
     if fits(source, down, up):
-        block = min(512 if width > 4096 else 256, power_of_2(width // 4))
+        # A block's digits are made once for all its rows: of nibbles, twice as many rows have the bytes of int8.
+        per_word, block_rows = (8, 16) if is_packed(down) else (4, 8)
+        block = min(2048 if width > 4096 else 1024, power_of_2(width)) // per_word
         # Every program of the second launch adds the splits up: few of them.
-        chunk = 4 * block * cdiv(cdiv(width, 4 * block), 5)
-        return _Shape(True, 8, block, chunk, cdiv(width, chunk))
+        chunk = per_word * block * cdiv(cdiv(width, per_word * block), 5)
+        return _Shape(per_word, block_rows, block, chunk, cdiv(width, chunk))
     block = min(2048, power_of_2(width))
     splits = max(1, min(cdiv(4 * PROCESSORS, cdiv(rank, 2)), cdiv(width, 2048), 8))
     chunk = cdiv(cdiv(width, splits), block) * block
-    return _Shape(False, 2, block, chunk, splits)
+    return _Shape(None, 2, block, chunk, splits)
 
 
 def select_kernels(source: Tensor, down: Tensor, up: Tensor) -> tuple:
@@ -119,7 +126,7 @@ def select_kernels(source: Tensor, down: Tensor, up: Tensor) -> tuple:
 
 def scratch(source: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What the launches hand on: parts of `down @ source`, lists by segment, their lengths."""
-    n, rank = up.shape
+    n, rank = up.shape[0], columns(up)
     splits, segments = _shape(source, down, up).splits, cdiv(n, SEGMENT)
     return (
         empty(splits, source.shape[0], rank, like=source, dtype=torch.float32),
@@ -136,21 +143,24 @@ def launch_select(
     `kernels`: those of `select_kernels`, wrapped or not.
     """
     source = source.contiguous()
-    (tokens, width), (n, rank) = source.shape, up.shape
+    (tokens, width), n, rank = source.shape, up.shape[0], columns(up)
     shape = _shape(source, down, up)
     inner, local, counts = scratch(source, down, up)
     grid = (cdiv(rank, shape.block_rows), shape.splits)
-    if shape.whole_words:
+    if shape.per_word:
+        nibbles = is_packed(down)
         digits = 3 if source.dtype is torch.float32 else 2
         kernels[0][grid](
             source, down, inner, rank, width,
-            TOKENS=tokens, DIGITS=digits, BLOCK_R=shape.block_rows, BLOCK_S=shape.block,
-            BLOCKS=shape.chunk // (4 * shape.block), num_warps=4,
+            TOKENS=tokens, DIGITS=digits, NIBBLES=nibbles, WORDS=width // shape.per_word,
+            BLOCK_R=shape.block_rows, BLOCK_S=shape.block,
+            BLOCKS=shape.chunk // (shape.per_word * shape.block), num_warps=4,
         )  # fmt: skip
+        words = rank // shape.per_word
         kernels[1][counts.shape](
             inner, up, bias, local, counts, n, rank,
-            TOKENS=tokens, SPLITS=shape.splits, DIGITS=digits, SEGMENT=SEGMENT,
-            WORDS=rank // 4, BLOCK_R=min(128, power_of_2(rank // 4)), num_warps=4,
+            TOKENS=tokens, SPLITS=shape.splits, DIGITS=digits, NIBBLES=nibbles, SEGMENT=SEGMENT,
+            WORDS=words, BLOCK_R=min(128, power_of_2(words)), num_warps=4,
         )  # fmt: skip
     else:
         kernels[0][grid](
@@ -176,10 +186,10 @@ def select_cpu(source: Tensor, down: Tensor, up: Tensor, bias: Tensor) -> tuple[
     if selection is not None:
         return selection
     if source.dtype is torch.float16:
-        # int8 weights leave their scale to the bias, so scores pass fp16's 65504
+        # whole weights leave their scale to the bias, so scores pass fp16's 65504
         source = source.float()
-    inner = F.linear(source, down.to(source.dtype))
-    return listed(~(F.linear(inner, up.to(source.dtype)).float() + bias <= 0))
+    inner = F.linear(source, unpacked(down).to(source.dtype))
+    return listed(~(F.linear(inner, unpacked(up).to(source.dtype)).float() + bias <= 0))
 
 
 @triton_op("dejavu::select", mutates_args=())

@@ -1,4 +1,4 @@
-"""Predictor matrices in int8, multiplied four weights an instruction.
+"""Predictor matrices in int8 or in nibbles, multiplied four weights an instruction.
 
 A byte costs one instruction to widen, one to multiply and one to add; a chip that reads 4 TB/s has no
 room for three per byte. `dp4a` multiplies four pairs of bytes and adds them up. So each block of the
@@ -8,6 +8,9 @@ vector is written in balanced base 256, as two or three int8 digits:
 
 The integer products are exact; the vector keeps 13 bits below its largest element with two digits,
 20 with three. A NaN or infinity anywhere makes every product NaN.
+
+Nibbles (see `nibbles`) become bytes in two or three instructions for eight: moved to the upper half of each byte they
+are 16 times what they say, in the range of int8, and with their sign.
 """
 
 import os
@@ -16,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl
+from .nibbles import is_packed
 from .selection import list_segment
 
 # The interpreter and AMD's compiler have no such assembly.
@@ -60,20 +64,26 @@ def _packed(q0, q1, q2, q3):
 
 
 @jit
+def _largest(x0, x1, x2, x3):
+    """The largest magnitude of four vectors, element by element."""
+    return tl.maximum(
+        tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3))
+    )  # fmt: skip
+
+
+@jit
+def _whole_words(x0, x1, x2, x3, per_step):
+    return _whole(x0, per_step), _whole(x1, per_step), _whole(x2, per_step), _whole(x3, per_step)
+
+
+@jit
 def _product(words, x0, x1, x2, x3, DIGITS: tl.constexpr):
     """The matrix tile `words` [rows, columns / 4] times x: [rows] fp32.
 
     x0..x3 [columns / 4] are every fourth element of x.
     """
-    a, b = tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3))
-    step = _step(tl.max(tl.maximum(a, b), axis=0), DIGITS)
-    per_step = 1.0 / step
-    q0, q1, q2, q3 = (
-        _whole(x0, per_step),
-        _whole(x1, per_step),
-        _whole(x2, per_step),
-        _whole(x3, per_step),
-    )
+    step = _step(tl.max(_largest(x0, x1, x2, x3), axis=0), DIGITS)
+    q0, q1, q2, q3 = _whole_words(x0, x1, x2, x3, 1.0 / step)
     zero = tl.zeros_like(words)
     word, q0, q1, q2, q3 = _packed(q0, q1, q2, q3)
     total = tl.sum(_dp4a(words, word[None, :], zero), axis=1).to(tl.float32)
@@ -84,6 +94,32 @@ def _product(words, x0, x1, x2, x3, DIGITS: tl.constexpr):
         total += 65536.0 * tl.sum(_dp4a(words, word[None, :], zero), axis=1).to(tl.float32)
     # `max` passes NaN over, and no integer is one: 0, or NaN where any element isn't finite
     return total * (step + tl.sum((x0 + x1 + x2 + x3) * 0.0, axis=0))
+
+
+@jit
+def _product_of_nibbles(words, x0, x1, x2, x3, y0, y1, y2, y3, DIGITS: tl.constexpr):
+    """The same of a tile [rows, columns / 8]: its low nibbles times x and its high ones times y."""
+    low, high = (words << 4) & -0x0F0F0F10, words & -0x0F0F0F10
+    largest = tl.maximum(_largest(x0, x1, x2, x3), _largest(y0, y1, y2, y3))
+    step = _step(tl.max(largest, axis=0), DIGITS)
+    q0, q1, q2, q3 = _whole_words(x0, x1, x2, x3, 1.0 / step)
+    r0, r1, r2, r3 = _whole_words(y0, y1, y2, y3, 1.0 / step)
+    zero = tl.zeros_like(words)
+    word, q0, q1, q2, q3 = _packed(q0, q1, q2, q3)
+    other, r0, r1, r2, r3 = _packed(r0, r1, r2, r3)
+    part = _dp4a(high, other[None, :], _dp4a(low, word[None, :], zero))
+    total = tl.sum(part, axis=1).to(tl.float32)
+    word, q0, q1, q2, q3 = _packed(q0, q1, q2, q3)
+    other, r0, r1, r2, r3 = _packed(r0, r1, r2, r3)
+    part = _dp4a(high, other[None, :], _dp4a(low, word[None, :], zero))
+    total += 256.0 * tl.sum(part, axis=1).to(tl.float32)
+    if DIGITS == 3:
+        word, q0, q1, q2, q3 = _packed(q0, q1, q2, q3)
+        other, r0, r1, r2, r3 = _packed(r0, r1, r2, r3)
+        part = _dp4a(high, other[None, :], _dp4a(low, word[None, :], zero))
+        total += 65536.0 * tl.sum(part, axis=1).to(tl.float32)
+    total *= 0.0625  # nibbles in the upper halves of bytes
+    return total * (step + tl.sum((x0 + x1 + x2 + x3 + y0 + y1 + y2 + y3) * 0.0, axis=0))
 
 
 @jit
@@ -99,22 +135,30 @@ def _every_fourth(x_ptr, at, inside):
 @jit
 def inner_int8_kernel(
     source_ptr, down_ptr, inner_ptr, rank, width,
-    TOKENS: tl.constexpr, DIGITS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    TOKENS: tl.constexpr, DIGITS: tl.constexpr, NIBBLES: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rank blocks, splits): one part of `down @ source`, over BLOCKS blocks of BLOCK_S words."""
+    """Grid (rank blocks, splits): one part of `down @ source`, over BLOCKS blocks of BLOCK_S words.
+
+    WORDS, of a row, is known to the compiler: a width is to it a multiple of 16 at best, which leaves rows of
+    nibbles on any 8 bytes, too little for whole vectors.
+    """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
-    words = width // 4
-    base = down_ptr.to(tl.pointer_type(tl.int32)) + row[:, None].to(tl.int64) * words
+    base = down_ptr.to(tl.pointer_type(tl.int32)) + row[:, None].to(tl.int64) * WORDS
     for token in tl.static_range(TOKENS):
         total = tl.zeros([BLOCK_R], dtype=tl.float32)
         for block in tl.static_range(BLOCKS):
             at = (split * BLOCKS + block) * BLOCK_S + tl.arange(0, BLOCK_S)
-            inside = at < words
+            inside = at < WORDS
             w = tl.load(base + at[None, :], mask=(row[:, None] < rank) & inside[None, :], other=0)
-            x0, x1, x2, x3 = _every_fourth(source_ptr + token * width, at, inside)
-            total += _product(w, x0, x1, x2, x3, DIGITS)
+            x_ptr = source_ptr + token * width
+            x0, x1, x2, x3 = _every_fourth(x_ptr, at, inside)
+            if NIBBLES:
+                y0, y1, y2, y3 = _every_fourth(x_ptr + 4 * WORDS, at, inside)
+                total += _product_of_nibbles(w, x0, x1, x2, x3, y0, y1, y2, y3, DIGITS)
+            else:
+                total += _product(w, x0, x1, x2, x3, DIGITS)
         tl.store(inner_ptr + (split * TOKENS + token) * rank + row, total, mask=row < rank)
 
 
@@ -131,13 +175,13 @@ def _inner(inner_ptr, token, at, inside, rank, TOKENS: tl.constexpr, SPLITS: tl.
 @jit
 def score_int8_kernel(
     inner_ptr, up_ptr, bias_ptr, local_ptr, counts_ptr, n, rank,
-    TOKENS: tl.constexpr, SPLITS: tl.constexpr, DIGITS: tl.constexpr,
+    TOKENS: tl.constexpr, SPLITS: tl.constexpr, DIGITS: tl.constexpr, NIBBLES: tl.constexpr,
     SEGMENT: tl.constexpr, WORDS: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program a segment of units: their scores, and the list of those above zero."""
     segment = tl.program_id(0)
     unit = segment * SEGMENT + tl.arange(0, SEGMENT)
-    base = up_ptr.to(tl.pointer_type(tl.int32)) + unit[:, None].to(tl.int64) * (rank // 4)
+    base = up_ptr.to(tl.pointer_type(tl.int32)) + unit[:, None].to(tl.int64) * WORDS
     bias = tl.load(bias_ptr + unit, mask=unit < n, other=0.0)
     keep = tl.zeros([SEGMENT], dtype=tl.int32)
     for token in tl.static_range(TOKENS):
@@ -148,7 +192,12 @@ def score_int8_kernel(
             inside = at < WORDS
             w = tl.load(base + at[None, :], mask=(unit[:, None] < n) & inside[None, :], other=0)
             z0, z1, z2, z3 = _inner(inner_ptr, token, at, inside, rank, TOKENS, SPLITS)
-            score += _product(w, z0, z1, z2, z3, DIGITS)
+            if NIBBLES:
+                far_ptr = inner_ptr + 4 * WORDS
+                y0, y1, y2, y3 = _inner(far_ptr, token, at, inside, rank, TOKENS, SPLITS)
+                score += _product_of_nibbles(w, z0, z1, z2, z3, y0, y1, y2, y3, DIGITS)
+            else:
+                score += _product(w, z0, z1, z2, z3, DIGITS)
         # "not below", so that NaN is kept
         keep = keep | tl.where(score <= 0.0, 0, 1)
     keep = tl.where(unit < n, keep, 0)
@@ -156,5 +205,6 @@ def score_int8_kernel(
 
 
 def fits(source: Tensor, down: Tensor, up: Tensor) -> bool:
-    """Whether rows are whole words: int8, of lengths that four divides."""
-    return down.dtype is up.dtype is torch.int8 and source.shape[1] % 4 == up.shape[1] % 4 == 0
+    """Whether rows are whole words: nibbles always are, int8 of lengths that four divides."""
+    both = down.dtype is up.dtype is torch.int8
+    return is_packed(down) or (both and source.shape[1] % 4 == up.shape[1] % 4 == 0)

@@ -23,6 +23,7 @@ import torch
 from torch import fx
 
 import dejavu_compile.kernels  # noqa: F401  registers torch.ops.dejavu
+from dejavu_compile.kernels.nibbles import is_packed
 
 from .emit import Emitter
 from .rewrite_heads import rewrite_heads
@@ -155,16 +156,22 @@ def _sensitivity(emit: Emitter, decision: Decision, tag: str) -> fx.Node:
     return emit.buffer(f"dejavu_{tag}_sensitivity", decision.sensitivity)
 
 
+def _widened(emit: Emitter, matrix: fx.Node) -> fx.Node:
+    """A predictor's matrix in fp32."""
+    if is_packed(matrix.meta["val"]):
+        matrix = emit.call(ops.unpack.default, matrix)
+    return emit.call(aten.to.dtype, matrix, torch.float32)
+
+
 def _masked(emit: Emitter, decision: Decision, tag: str) -> None:
     """Zero the hidden units outside the selection, each token on its own."""
     site = decision.site
     hidden = site.hidden
     if decision.policy is Policy.PREDICT:
         down, up, bias = _predicted(emit, decision, tag)
-        width = shape_of(down)[1]
+        width = decision.predictor.source_width
         source = emit.call(aten.to.dtype, _tokens_by(emit, decision.source, width), torch.float32)
-        down = emit.call(aten.to.dtype, down, torch.float32)
-        up = emit.call(aten.to.dtype, up, torch.float32)
+        down, up = _widened(emit, down), _widened(emit, up)
         score = emit.call(aten.linear.default, source, down)
         score = emit.call(aten.linear.default, score, up, bias)
         dropped = emit.call(aten.le.Scalar, score, 0.0)
@@ -212,7 +219,7 @@ def rewrite(gm: fx.GraphModule, decisions: tuple[Decision, ...]) -> Rewritten:
         with emit.before(site.output.node):
             if start is None:
                 weights = _predicted(emit, decision, str(tag))
-                source = _tokens_by(emit, decision.source, shape_of(weights[0])[1])
+                source = _tokens_by(emit, decision.source, decision.predictor.source_width)
                 pair = emit.call(ops.select.default, source, *weights)
                 selects.append(pair)
             else:

@@ -6,6 +6,8 @@ from enum import StrEnum
 import torch
 from torch import fx
 
+from dejavu_compile.kernels.nibbles import columns
+
 
 class Policy(StrEnum):
     """Which units of a site run. (design: "policies")"""
@@ -258,9 +260,9 @@ class Found:
 class PredictorWeights:
     """score = up @ (down @ source) + bias; a unit is selected where the score is above zero.
 
-    down [rank, source width] and up [units, rank] in the model's dtype, or int8; bias [units] fp32, with
-    the calibrated threshold already subtracted. Of heads there are so few that the rank is full: `down` is
-    None, and up [units, source width]. (Deja Vu, section 4.1; the bias is ours)
+    down [rank, source width] and up [units, rank] in the model's dtype, int8, or packed (`kernels/nibbles.py`);
+    bias [units] fp32, with the calibrated threshold already subtracted. Of heads there are so few that the rank
+    is full: `down` is None, and up [units, source width]. (Deja Vu, section 4.1; the bias is ours)
     """
 
     down: torch.Tensor | None
@@ -276,7 +278,7 @@ class PredictorWeights:
     @property
     def source_width(self) -> int:
         """Elements of the source, per token."""
-        return (self.up if self.down is None else self.down).shape[1]
+        return columns(self.up if self.down is None else self.down)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,5 @@
 import dataclasses
+import importlib
 import json
 
 import pytest
@@ -104,6 +105,36 @@ def test_truncated_json_is_refused(folder, share):
 def test_missing_file_is_refused_by_name(folder, file):
     (folder / file).unlink()
     assert_refused(fresh(), folder, dv.ArtifactError, file)
+
+
+@pytest.fixture(scope="module")
+def calibrated_in_int8():
+    """As version 2 had it."""
+    with pytest.MonkeyPatch.context() as patch:
+        # the function `calibrate` of the package hides the module
+        patch.setattr(importlib.import_module("dejavu_compile.calibrate"), "LEAST_BITS", 8)
+        return dv.calibrate(fresh(), texts(), density=0.5, progress=False)
+
+
+def test_predictors_are_in_four_bits_and_version_2_had_them_in_eight(
+    calibrated, calibrated_in_int8, tmp_path
+):
+    ids, logits, ranks = text(3, batch=1, length=1), {}, {}
+    for number, calibration in ((3, calibrated[1]), (2, calibrated_in_int8)):
+        folder, model = tmp_path / str(number), fresh()
+        calibration.save_pretrained(folder)
+        edit(folder, lambda config, number=number: config.update(format_version=number))
+        loaded = dv.load(model, folder)
+        assert loaded.to_dict() == calibration.to_dict()
+        predictors = [a.predictor for a in attached_to(model).values() if a.predictor is not None]
+        assert {p.down.dtype for p in predictors} == {torch.uint8 if number == 3 else torch.int8}
+        assert {p.source_width for p in predictors} == {model.config.hidden_size}
+        ranks[number] = {p.down.shape[0] for p in predictors}
+        model.compile(backend="dejavu_eager")
+        with torch.no_grad():
+            logits[number] = model(ids, use_cache=False).logits
+    assert (ranks[3], ranks[2]) == ({32}, {16})
+    assert not torch.equal(logits[3], logits[2])
 
 
 @pytest.mark.parametrize("version", [1, 99, 0, None, "1"])

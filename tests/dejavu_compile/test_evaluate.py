@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from tiny import selecting_everything, text, texts, tiny
 
 import dejavu_compile as dv
+from dejavu_compile.kernels.nibbles import unpacked
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +28,8 @@ def perplexity_with_units_zeroed(model, calibration, ids):
 
         def hook(module, args):
             source = inputs[number - site.lookahead].double()
-            inner = source @ predictor.down.double().T
-            score = inner @ predictor.up.double().T * predictor.scale.double()
+            inner = source @ unpacked(predictor.down).double().T
+            score = inner @ unpacked(predictor.up).double().T * predictor.scale.double()
             keep = score + predictor.bias.double() > site.threshold
             kept.append(keep.double().mean().item())
             return (args[0] * keep.view(args[0].shape),)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dejavu_compile.errors import CalibrationError
+from dejavu_compile.kernels.nibbles import unpacked
 from dejavu_compile.predictors import (
     Predictor,
     SiteExamples,
@@ -11,6 +12,7 @@ from dejavu_compile.predictors import (
     contribution_cutoff,
     fit_predictors,
     measure,
+    rank_and_bits,
     rank_for_budget,
     shared_threshold_curve,
     threshold_curve,
@@ -41,22 +43,41 @@ def fitted() -> tuple[Predictor, SiteExamples]:
 
 
 @pytest.mark.parametrize(
-    ("dense_bytes", "width", "units", "itemsize", "rank"),
+    ("dense_bytes", "width", "units", "bits", "rank"),
     [
-        (2 * 256 * 1024 * 2, 256, 1024, 2, 16),  # 20.48 affordable
-        (2 * 4096 * 16384 * 2, 4096, 16384, 2, 320),  # 327.68
-        (3 * 4096 * 14336 * 2, 4096, 14336, 2, 464),  # 477.87
-        (2 * 64 * 256 * 2, 64, 256, 2, 0),  # 5.12
-        (16 * 320 * 20 * 2, 64, 256, 2, 16),  # fits to the byte
-        (16 * 320 * 20 * 2 - 1, 64, 256, 2, 0),
+        (2 * 256 * 1024 * 2, 256, 1024, 16, 16),  # 20.48 affordable
+        (2 * 4096 * 16384 * 2, 4096, 16384, 16, 320),  # 327.68
+        (2 * 4096 * 16384 * 2, 4096, 16384, 8, 640),  # 655.36
+        (2 * 4096 * 16384 * 2, 4096, 16384, 4, 1280),  # 1310.72, of which 32 divides 1280
+        (3 * 4096 * 14336 * 2, 4096, 14336, 16, 464),  # 477.87
+        (2 * 64 * 256 * 2, 64, 256, 16, 0),  # 5.12
+        (16 * 320 * 20 * 2, 64, 256, 16, 16),  # fits to the byte
+        (16 * 320 * 20 * 2 - 1, 64, 256, 16, 0),
+        (16 * 320 * 20, 64, 256, 4, 32),
+        (16 * 320 * 20 - 1, 64, 256, 4, 0),
     ],
 )
-def test_rank_is_the_largest_multiple_of_16_in_budget(dense_bytes, width, units, itemsize, rank):
-    assert rank_for_budget(dense_bytes, width, units, itemsize) == rank
+def test_rank_is_the_largest_of_whole_vectors_in_budget(dense_bytes, width, units, bits, rank):
+    assert rank_for_budget(dense_bytes, width, units, bits) == rank
 
 
 def test_rank_never_exceeds_the_narrower_side():
-    assert rank_for_budget(10**9, 40, 1000, 2) == 32
+    assert rank_for_budget(10**9, 40, 1000, 16) == 32
+
+
+@pytest.mark.parametrize(
+    ("dense_bytes", "width", "units", "least", "form"),
+    [
+        (2 * 4096 * 16384 * 2, 4096, 16384, 4, (1280, 4)),
+        (2 * 4096 * 16384 * 2, 4096, 16384, 8, (640, 8)),
+        (2 * 4100 * 16384 * 2, 4100, 16384, 4, (640, 8)),  # rows of 4100 aren't whole words
+        (16 * 320 * 20, 64, 256, 4, (32, 4)),
+        (10**9, 64, 256, 4, (64, 8)),  # four bits would buy none
+        (100, 64, 256, 4, (0, 8)),
+    ],
+)
+def test_four_bits_where_they_buy_rank(dense_bytes, width, units, least, form):
+    assert rank_and_bits(dense_bytes, width, units, least_bits=least) == form
 
 
 def test_planted_low_rank_units_are_found_at_twice_their_share(fitted):
@@ -130,15 +151,17 @@ def test_sites_fitted_together_equal_sites_fitted_alone():
 def test_bf16_examples_give_fp32_predictors():
     predictor = fit_predictors([planted(0, dtype=torch.bfloat16)], [8], seed=0, steps=2)[0]
     assert {predictor.down.dtype, predictor.up.dtype, predictor.bias.dtype} == {torch.float32}
-    stored = predictor.quantized()
-    assert (stored.down.dtype, stored.up.dtype) == (torch.int8, torch.int8)
-    assert (stored.bias.dtype, stored.scale.dtype) == (torch.float32, torch.float32)
-    assert stored.score(torch.ones(2, WIDTH, dtype=torch.bfloat16)).dtype == torch.float32
+    for bits, dtype in ((8, torch.int8), (4, torch.uint8)):
+        stored = predictor.quantized(bits)
+        assert stored.rank == 8
+        assert (stored.down.dtype, stored.up.dtype) == (dtype, dtype)
+        assert (stored.bias.dtype, stored.scale.dtype) == (torch.float32, torch.float32)
+        assert stored.score(torch.ones(2, WIDTH, dtype=torch.bfloat16)).dtype == torch.float32
 
 
 def test_quantized_predictor_scores_as_the_fp32_one_does(fitted):
     predictor, held_out = fitted
-    exact, rounded = (p.score(held_out.source) for p in (predictor, predictor.quantized()))
+    exact, rounded = (p.score(held_out.source) for p in (predictor, predictor.quantized(8)))
     # The channels' scales spread a hundredfold here, and a row of `down` has one step for all of them.
     assert (rounded - exact).norm() < 0.1 * (exact - exact.mean()).norm()
     threshold = threshold_for_density(exact, 0.2)
@@ -153,33 +176,36 @@ def test_channels_that_hardly_move_do_not_cost_the_others_their_precision():
     predictor = fit_predictors([with_noise], [8], seed=0, steps=300)[0]
     assert predictor.down[:, -7:].eq(0).all()
     assert predictor.down[:, :-7].ne(0).all()
-    exact, rounded = (p.score(with_noise.source) for p in (predictor, predictor.quantized()))
+    exact, rounded = (p.score(with_noise.source) for p in (predictor, predictor.quantized(8)))
     assert (rounded - exact).norm() < 0.2 * (exact - exact.mean()).norm()
 
 
-def test_quantized_weights_are_the_fp32_ones_to_half_a_step(fitted):
+@pytest.mark.parametrize(("bits", "most"), [(8, 127), (4, 7)])
+def test_quantized_weights_are_the_fp32_ones_to_half_a_step(fitted, bits, most):
     """With the row scales of `down` moved into `up`, the product is that of the rounded matrices."""
     predictor, _ = fitted
-    stored = predictor.quantized()
-    assert stored.down.abs().amax(dim=1).eq(127).all()
-    assert stored.up.abs().amax(dim=1).eq(127).all()
-    step = predictor.down.double().abs().amax(dim=1) / 127
-    down = stored.down.double() * step[:, None]
+    stored = predictor.quantized(bits)
+    down, up = unpacked(stored.down), unpacked(stored.up)
+    assert down.abs().amax(dim=1).eq(most).all()
+    assert up.abs().amax(dim=1).eq(most).all()
+    step = predictor.down.double().abs().amax(dim=1) / most
+    down = down.double() * step[:, None]
     assert ((down - predictor.down.double()).abs() <= 0.5001 * step[:, None]).all()
-    up = stored.up.double() * stored.scale.double()[:, None] / step
-    step_up = (predictor.up.double() * step).abs().amax(dim=1, keepdim=True) / 127 / step
+    up = up.double() * stored.scale.double()[:, None] / step
+    step_up = (predictor.up.double() * step).abs().amax(dim=1, keepdim=True) / most / step
     assert ((up - predictor.up.double()).abs() <= 0.5001 * step_up).all()
 
 
-@pytest.mark.parametrize("quantized", [False, True], ids=["fp32", "int8"])
+@pytest.mark.parametrize("bits", [32, 8, 4], ids=["fp32", "int8", "int4"])
 @pytest.mark.parametrize("density", [0.05, 0.3, 0.9])
-def test_selector_bias_says_score_above_threshold(fitted, quantized, density):
+def test_selector_bias_says_score_above_threshold(fitted, bits, density):
     predictor, held_out = fitted
-    predictor = predictor.quantized() if quantized else predictor
+    predictor = predictor if bits == 32 else predictor.quantized(bits)
     score = predictor.score(held_out.source)
     threshold = threshold_for_density(score, density)
-    inner = held_out.source.double() @ predictor.down.double().T
-    selector = inner @ predictor.up.double().T + predictor.selector_bias(threshold).double()
+    inner = held_out.source.double() @ unpacked(predictor.down).double().T
+    bias = predictor.selector_bias(threshold).double()
+    selector = inner @ unpacked(predictor.up).double().T + bias
     clear = (score - threshold).abs() > 1e-4
     assert torch.equal((selector > 0)[clear], (score > threshold)[clear])
     assert clear.float().mean() > 0.99
@@ -187,7 +213,7 @@ def test_selector_bias_says_score_above_threshold(fitted, quantized, density):
 
 def test_selector_bias_of_minus_infinity_selects_everything_and_stays_finite(fitted):
     predictor, held_out = fitted
-    predictor = predictor.quantized()
+    predictor = predictor.quantized(8)
     bias = predictor.selector_bias(-math.inf)
     assert bias.isfinite().all()
     inner = held_out.source @ predictor.down.float().T

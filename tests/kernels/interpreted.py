@@ -26,6 +26,7 @@ from dejavu_compile.kernels import (
 )
 from dejavu_compile.kernels._triton import empty
 from dejavu_compile.kernels.gemv import running, running_rows
+from dejavu_compile.kernels.nibbles import pack, unpacked
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -151,6 +152,10 @@ def exact_predictor(m, n, s, r, dtype):
     return source, down, up, torch.randint(-20, 20, (n,)).to(DEVICE, torch.float32)
 
 
+def as_stored(matrix, kind):
+    return pack(matrix) if kind == "int4" else matrix.to(kind)
+
+
 @pytest.mark.parametrize("weights", ["same", "int8"])
 @DTYPES
 @TOKENS
@@ -169,6 +174,41 @@ def test_select(n, s, r, m, dtype, weights):
         assert_selection(got, select_reference(source, down, up, bias + shift))
 
 
+@DTYPES
+@TOKENS
+@pytest.mark.parametrize(
+    ("n", "s", "r"),
+    [(33, 64, 8), (5, 1608, 24)]
+    if INTERPRETED
+    else [(100, 64, 16), (33, 5000, 48), (70, 1104, 640), (1000, 4096, 2080), (1, 8, 8)],
+)
+def test_select_of_nibbles(n, s, r, m, dtype):
+    source, down, up, bias = exact_predictor(m, n, s, r, dtype)
+    down, up = pack(down), pack(up)
+    for shift in (0.0, 1e6):
+        got = launch_select(source, down, up, bias + shift)
+        assert_selection(got, select_reference(source, down, up, bias + shift))
+
+
+def test_select_of_every_nibble():
+    """In each place of a word, of either matrix."""
+    every = torch.arange(-8, 8)
+    source = torch.arange(1.0, 9.0, device=DEVICE)[None]
+    for column in range(8):
+        x = float(source[0, 7 - column])
+        down, up = torch.zeros(8, 8), torch.zeros(16, 8)
+        down[column, 7 - column] = 1
+        up[:, column] = every
+        down_of_each, one = torch.zeros(16, 8), torch.eye(16)
+        down_of_each[:, 7 - column] = every
+        for matrices in ((down, up), (down_of_each, one)):
+            down_, up_ = (pack(m).to(DEVICE) for m in matrices)
+            for at in (-8, -1, 7):
+                bias = torch.full((16,), -at * x, device=DEVICE)
+                got = launch_select(source, down_, up_, bias)
+                assert got[0][: int(got[1])].tolist() == list(range(at + 9, 16))
+
+
 @pytest.mark.parametrize("words", [False, True], ids=["bytes", "words"])
 def test_select_of_every_int8(words):
     every = torch.arange(-128, 128, device=DEVICE).to(torch.int8)[:, None]
@@ -183,27 +223,32 @@ def test_select_of_every_int8(words):
         assert int(launch_select(source, down, up, bias)[1]) == 127 - at
 
 
+@pytest.mark.parametrize("kind", [torch.int8, "int4"], ids=["int8", "int4"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_int8_scores_keep_the_precision_of_the_source(dtype):
+def test_whole_scores_keep_the_precision_of_the_source(dtype, kind):
     """One element a thousand times the others, as residual streams have."""
     n, s, r = (64, 256, 16) if INTERPRETED else (2000, 4096, 640)
     source = randn(2, s, dtype=dtype)
     source[:, 7] *= 1000
+    most = 7 if kind == "int4" else 127
     down, up = (
-        torch.randint(-127, 128, shape, device=DEVICE).to(torch.int8) for shape in ((r, s), (n, r))
+        as_stored(torch.randint(-most, most + 1, shape, device=DEVICE), kind)
+        for shape in ((r, s), (n, r))
     )
-    exact = (source.double() @ down.double().T @ up.double().T)[:1]
+    exact = (source.double() @ unpacked(down).double().T @ unpacked(up).double().T)[:1]
     margin = exact.norm() / n**0.5 * (1e-4 if dtype is torch.float32 else 4e-3)
     for margin_, selected in ((margin, n), (-margin, 0)):
         bias = (-exact[0] + margin_).float()
         assert int(launch_select(source[:1], down, up, bias)[1]) == selected
 
 
-@pytest.mark.parametrize("kind", [torch.float32, torch.int8])
-@pytest.mark.parametrize("width", [63, 64])
+@pytest.mark.parametrize(
+    ("kind", "width"),
+    [(torch.float32, 63), (torch.float32, 64), (torch.int8, 63), (torch.int8, 64), ("int4", 64)],
+)
 def test_select_keeps_nan(kind, width):
     source, down, up, bias = exact_predictor(2, 100, width, 16, torch.float32)
-    down, up = down.to(kind), up.to(kind)
+    down, up = as_stored(down, kind), as_stored(up, kind)
     bias[:] = -1e6
     bias[40] = float("nan")
     got = launch_select(source, down, up, bias)

@@ -8,6 +8,7 @@ import torch
 
 from dejavu_compile import kernels
 from dejavu_compile.kernels import cpu
+from dejavu_compile.kernels.nibbles import pack
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"]
@@ -62,13 +63,15 @@ def test_rows_glu_and_sum(monkeypatch, dtype, m, every):
 
 
 @DTYPES
-@pytest.mark.parametrize("kind", ["int8", "same"])
+@pytest.mark.parametrize("kind", ["int4", "int8", "same"])
 def test_select_and_compact(monkeypatch, dtype, kind):
     # Small integers: scores are exact in any order
-    source = torch.randint(-3, 4, (2, 83)).to(dtype)
-    down, up = torch.randint(-1, 2, (19, 83)), torch.randint(-1, 2, (101, 19))
-    weights = torch.int8 if kind == "int8" else dtype
-    down, up, bias = down.to(weights), up.to(weights), torch.randint(-9, 9, (101,)).float()
+    width, rank = (248, 24) if kind == "int4" else (83, 19)
+    source = torch.randint(-3, 4, (2, width)).to(dtype)
+    down, up = torch.randint(-1, 2, (rank, width)), torch.randint(-1, 2, (101, rank))
+    stored = {"int4": pack, "int8": torch.Tensor.char, "same": lambda matrix: matrix.to(dtype)}
+    down, up = stored[kind](down), stored[kind](up)
+    bias = torch.randint(-9, 9, (101,)).float()
     cpp, plain = both(monkeypatch, lambda: kernels.select(source, down, up, bias))
     assert torch.equal(cpp[0], plain[0])
     assert int(cpp[1]) == int(plain[1])

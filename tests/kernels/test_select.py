@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dejavu_compile.kernels import select, select_reference
+from dejavu_compile.kernels.nibbles import pack, unpacked
 
 SIZES = pytest.mark.parametrize(
     ("n", "s", "r"), [(100, 63, 16), (1000, 128, 48), (33, 7, 1)], ids=lambda v: str(v)
@@ -19,6 +20,7 @@ def predictor(m, n, s, r, dtype=torch.float32, shift=0.0):
 
 def scores(source, down, up, bias):
     """[m, n] in float64."""
+    down, up = unpacked(down), unpacked(up)
     return (source.double() @ down.double().T) @ up.double().T + bias.double()
 
 
@@ -61,6 +63,20 @@ def test_int8_weights(op, dtype, m):
     source, _, _, bias = predictor(m, 100, 63, 16, dtype)
     down = torch.randint(-128, 128, (16, 63), dtype=torch.int8)
     up = torch.randint(-128, 128, (100, 16), dtype=torch.int8)
+    arguments = (source, down, up, bias)
+    scale = scores(*arguments).abs().max().item()
+    assert_selects(
+        op(*arguments), arguments, margin=scale * (1e-5 if dtype.itemsize == 4 else 0.02)
+    )
+
+
+@TOKENS
+@pytest.mark.parametrize(("n", "s", "r"), [(100, 64, 16), (33, 8, 8), (1000, 1000, 232)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", [select, select_reference])
+def test_packed_weights(op, dtype, n, s, r, m):
+    source, _, _, bias = predictor(m, n, s, r, dtype)
+    down, up = (pack(torch.randint(-8, 8, shape)) for shape in ((r, s), (n, r)))
     arguments = (source, down, up, bias)
     scale = scores(*arguments).abs().max().item()
     assert_selects(
@@ -112,5 +128,7 @@ def test_nan_selects(op):
 def test_opcheck(m):
     arguments = predictor(m, 100, 63, 16)
     torch.library.opcheck(torch.ops.dejavu.select.default, arguments)
+    packed = (torch.randn(m, 64), *(torch.randint(0, 256, s).byte() for s in ((16, 32), (100, 8))))
+    torch.library.opcheck(torch.ops.dejavu.select.default, (*packed, torch.randn(100)))
     strided = (torch.randn(63, m).T, *arguments[1:])
     torch.library.opcheck(torch.ops.dejavu.select.default, strided)

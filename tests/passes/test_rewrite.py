@@ -8,9 +8,10 @@ from hypothesis import given
 from models import TOYS, UNITS
 from strategies import specs
 
+from dejavu_compile.kernels.nibbles import unpack
 from dejavu_compile.passes.find_sites import find_sites
 from dejavu_compile.passes.rewrite import rewrite
-from dejavu_compile.passes.site import Decision, Execution, NoSite, Policy
+from dejavu_compile.passes.site import Decision, Execution, NoSite, Policy, PredictorWeights
 
 KEPT = {
     "none": [],
@@ -103,6 +104,29 @@ def test_gate_of_dense_up(execution):
         model, x, lambda site: Decision(site, Policy.GATE, execution, threshold=0.05)
     )
     models.assert_near(got, models.oracle(model, x, keep)[0])
+
+
+def test_packed_predictor_runs_units_that_any_token_selects():
+    model, x = models.Gated(width=24), models.tokens(width=24)
+    generator = torch.Generator().manual_seed(0)
+    down, up = (
+        torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+        for shape in ((8, 12), (UNITS, 4))
+    )
+    score = F.linear(F.linear(x, unpack(down).float()), unpack(up).float())
+    bias = torch.full((UNITS,), -score.quantile(0.7).item())
+    above = score + bias > 0
+    for execution, keep in (
+        (Execution.GATHERED, above.any(dim=1, keepdim=True)),
+        (Execution.MASKED, above),
+    ):
+        got, _ = rewritten(
+            model, x, lambda site, e=execution: Decision(
+                site, Policy.PREDICT, e, site.input, PredictorWeights(down, up, bias)
+            ),
+        )  # fmt: skip
+        assert 0 < keep.sum() < keep.numel()
+        models.assert_near(got, models.oracle(model, x, keep))
 
 
 def test_escaping_value_stays_dense():
