@@ -226,14 +226,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     result = {"model": Path(args.model).name, "parameters": model.num_parameters(),
               "windows": args.windows, "calibration_s": seconds, "rows": rows}  # fmt: skip
     write(args.out, result | {"partial": True})
+    for budget in args.budgets:
+        result.setdefault("budgets", []).append(within(model, text, held_out, budget))
+        write(args.out, result | {"partial": True})
     if args.existence:
         checked = dv.verify(model, held_out[:EXISTENCE_BATCHES], args.densities, progress=False)
         print(checked, flush=True)
         checked.plot(args.out.with_suffix(".png"))
         result["existence"] = checked.to_dict()
-        write(args.out, result | {"partial": True})
-    for budget in args.budgets:
-        result.setdefault("budgets", []).append(within(model, text, held_out, budget))
         write(args.out, result | {"partial": True})
     return result
 
