@@ -38,6 +38,7 @@ from dejavu_compile.text import windows
 ROOT = Path(__file__).parents[1]
 HEAD_DENSITIES = (0.5, 0.67, 0.84, 1.0)
 EXISTENCE_BATCHES = 4
+EXISTENCE_DENSITIES = (0.05, 0.1, 0.2, 0.5)
 DENSITIES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
 
 
@@ -230,7 +231,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         result.setdefault("budgets", []).append(within(model, text, held_out, budget))
         write(args.out, result | {"partial": True})
     if args.existence:
-        checked = dv.verify(model, held_out[:EXISTENCE_BATCHES], args.densities, progress=False)
+        checked = dv.verify(
+            model, held_out[:EXISTENCE_BATCHES], args.existence_densities, progress=False
+        )
         print(checked, flush=True)
         checked.plot(args.out.with_suffix(".png"))
         result["existence"] = checked.to_dict()
@@ -275,6 +278,9 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=DENSITIES)
     parser.add_argument(
         "--existence", action="store_true", help="static and random units too, and a picture"
+    )
+    parser.add_argument(
+        "--existence-densities", type=float, nargs="+", default=EXISTENCE_DENSITIES
     )
     parser.add_argument(
         "--budgets", type=float, nargs="*", default=[], help="of perplexity: 0.01 is 1 %%"

@@ -79,3 +79,33 @@ def test_compile_config_on_a_gpu_equals_eager(everything_selected, prepared):
     )  # fmt: skip
     assert torch.equal(got, expected)
     assert prepared
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("attached", [True, False], ids=["all units selected", "nothing attached"])
+def test_two_thousand_tokens_of_a_trained_decoder_equal_eager(attached, prepared):
+    """Through CUDA graphs, past the length that the decoder was trained on: near ties would show what adds up."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig
+
+    path = "demo/models/llama-python-8m"
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().cuda()
+    if attached:
+        calibration = dv.calibrate(
+            model, [text(5, batch=2, length=128).cuda()] * 2, policy="predict", density=1.0, progress=False
+        )  # fmt: skip
+        selecting_everything(calibration).attach(model)
+    inputs = tokenizer("class Tree:\n    def __init__(self", return_tensors="pt").to("cuda")
+    options = {"max_new_tokens": 2000, "min_new_tokens": 2000, "do_sample": True, "top_k": 5,
+               "cache_implementation": "static"}  # fmt: skip
+    torch.manual_seed(3)
+    expected = model.generate(**inputs, **options, disable_compile=True)
+    torch.manual_seed(3)
+    got = model.generate(
+        **inputs, **options, compile_config=CompileConfig(backend="dejavu", mode="reduce-overhead")
+    )
+    assert expected.shape[1] == inputs["input_ids"].shape[1] + 2000
+    assert len(expected.unique()) > 100  # not one phrase over and over
+    assert torch.equal(got, expected)
+    assert max(p.plan.num_sparse for p in prepared) == (7 if attached else 0)
