@@ -155,7 +155,7 @@ def compare(case: Case) -> Row:
 def table(rows: Iterable[Row]) -> str:
     """The rows as text; what failed and what to know of a row below it."""
     lines = [
-        f"{'what':<40}{'shape':<26}{'density':>8}{'dtype':>10}{'ours us':>11}{'theirs us':>11}"
+        f"{'what':<40}{'shape':<30}{'density':>8}{'dtype':>10}{'ours us':>11}{'theirs us':>11}"
         f"{'ratio':>7}{'MB ours':>10}{'MB theirs':>10}{'of copy':>13}{'error ours':>12}{'theirs':>9}"
     ]
     noted = ""
@@ -168,7 +168,7 @@ def table(rows: Iterable[Row]) -> str:
             )
         )  # fmt: skip
         lines.append(
-            f"{row.what:<40}{row.shape:<26}{row.density:>8.3f}{row.dtype:>10}{us[0]:>11}{us[1]:>11}"
+            f"{row.what:<40}{row.shape:<30}{row.density:>8.3f}{row.dtype:>10}{us[0]:>11}{us[1]:>11}"
             f"{_shown(row.ratio, '.2f'):>7}{mb[0]:>10}{mb[1]:>10}{share[0] + ' / ' + share[1]:>13}"
             f"{error[0]:>12}{error[1]:>9}"
         )
