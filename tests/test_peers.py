@@ -108,6 +108,23 @@ def test_a_case_that_fails_to_be_made_ends_its_project_only(peers):
     assert bad.theirs.failed == "RuntimeError: out of memory"
 
 
+def test_what_cannot_be_captured_is_queued_and_said(peers, monkeypatch):
+    import peer_rows
+
+    def refused(run, layers):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(peer_rows, "graph_us", refused)
+    monkeypatch.setattr(peer_rows, "time_us", lambda call, repeats: call() or {"p50": 12.0})
+    ran = []
+    us, timed = peer_rows.layer_us(ran.append, 3)
+    assert us == 4.0
+    assert ran == [0, 1, 2]
+    assert timed.startswith("queued events, no CUDA graph (RuntimeError: operation not permitted")
+
+
 def test_stand_ins_last_for_the_import(peers, tmp_path, monkeypatch):
     import peer_imports
 
