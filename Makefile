@@ -29,7 +29,7 @@ lint: $(READY)
 	$(RUFF) format --check
 
 bench: $(READY)
-	set -e; for file in $(filter-out %_data.py %_variants.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file; done
+	set -e; for file in $(filter-out %_data.py %_variants.py benchmarks/peer_%,$(wildcard benchmarks/*.py)); do $(BIN)/python $$file; done
 
 setup: $(READY)
 
