@@ -1,6 +1,6 @@
 """Decode step: dense Inductor in its modes against dejavu, side by side in one run.
 
-    python benchmarks/decode.py --shape opt-6.7b --density 0.1 --head-density 0.5
+    python benchmarks/decode.py --shape opt-6.7b --density 0.1 0.05 --head-density 0.5 0.2
     python benchmarks/decode.py --shape opt-66b --attention-only --layers 8 --head-density 0.5 --length 512 4096
 
 Random weights; predictors of the real byte size (5 % of an MLP) that select a fixed random share of the
@@ -54,8 +54,7 @@ def run(
     wide = in_float32(model, args, length)
     result = {
         "shape": args.shape, "layers": model.config.num_hidden_layers, "dtype": args.dtype,
-        "attention_only": args.attention_only, "kv_length": length, "density": args.density,
-        "head_density": args.head_density, "batch": batch,
+        "attention_only": args.attention_only, "kv_length": length, "batch": batch,
         "oracle": "eager, " + (args.dtype if wide is None else "fp32"), "rows": [],
     }  # fmt: skip
     if device == "cuda":
@@ -64,11 +63,13 @@ def run(
     def add(
         provider: str, reference: dict[str, Any], density: Any, heads: Any, **how: Any
     ) -> None:
+        """One row: `density` and `heads` are the shares that run, None where all do."""
         expected = reference["logits"]
         row = measure(
             model, provider, length, args.repeats, expected, batch, args.breakdown, **how
         )
         row |= {k: v for k, v in reference.items() if k != "logits"}
+        row |= {"density": density, "head_density": heads}
         union = heads and 1 - (1 - heads) ** batch
         cache = batch * cache_bytes(model, length, heads)
         row["bytes"] = weight_bytes(model, density, union) + cache
@@ -80,19 +81,19 @@ def run(
     for mode in args.modes:
         how = {"backend": "inductor", "mode": None if mode == "default" else mode}
         add(f"inductor {mode}", dense, None, None, **how)
-    for variant in args.variants:
+    pairs = list(zip(args.density, args.head_density, strict=True))
+    for variant, (density, heads) in (
+        (v, pair) for v in args.variants for pair in (pairs if v != "lossless" else [(None, None)])
+    ):
         options = dict(VARIANTS[variant])
         if device == "cuda":
             options["triton.cudagraphs"] = True
-        density, heads = args.density, args.head_density
         dv.detach(model)
         kept = []
-        if variant == "lossless":
-            density = heads = None
-        elif variant == "gate":
+        if variant == "gate":
             heads = None
             kept += attach_gates(model, density, length, batch)
-        else:
+        elif variant != "lossless":
             heads = None if variant == "mlps" else heads
             kept += attach_random_predictors(model, density, heads if batch == 1 else None)
             if heads is not None and batch > 1:
@@ -152,14 +153,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
     lines = [f"{result['shape']} x{result['layers']} {result['dtype']}, KV {result['kv_length']}, "
-             f"batch {result['batch']}, density of MLPs {result['density']}, heads {result['head_density']}"
+             f"batch {result['batch']}"
              + (", attention only" if result["attention_only"] else "")]  # fmt: skip
     for r in result["rows"]:
         speedup = f"{r['speedup']:.2f}x" if r["speedup"] else "FAILED"
         eager = f" (eager {r['eager_error']:.1e})" if "eager_error" in r else ""
         floor = f"{r['share_of_floor']:.0%}" if r["share_of_floor"] else ""
+        runs = (
+            f"MLPs {r['density']}, heads {r['head_density']}"
+            if r["density"] or r["head_density"]
+            else ""
+        )
         lines.append(
-            f"  {r['provider']:<26}{r['p50'] / 1e3:9.3f} ms  {r['bytes'] / 1e9:7.2f} GB  {floor:>5} of floor  "
+            f"  {r['provider']:<26}{runs:<22}{r['p50'] / 1e3:9.3f} ms  {r['bytes'] / 1e9:7.2f} GB  {floor:>5} of floor  "
             f"{speedup:>7}  err {r['error']:.1e}{eager}  recompiles {r['recompiles']}  skips {r['cudagraph_skips']}"
         )
         for kernel in r.get("kernels", [])[:20]:
@@ -176,8 +182,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", help="default: opt-6.7b on a GPU, opt-1.3b without one")
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--density", type=float, help="of the MLPs' neurons; default: 0.1")
-    parser.add_argument("--head-density", type=float, help="default: attention stays dense")
+    parser.add_argument(
+        "--density", type=float, nargs="+", help="of the MLPs' neurons; default: 0.1"
+    )
+    parser.add_argument(
+        "--head-density",
+        type=float,
+        nargs="+",
+        help="one for each density; default: attention stays dense",
+    )
     parser.add_argument(
         "--attention-only", action="store_true", help="MLPs and vocabulary too small to matter"
     )
@@ -198,8 +211,13 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
     args = parser.parse_args()
-    if args.density is None and not args.attention_only:
-        args.density = 0.1
+    if args.density is None:
+        args.density = [None if args.attention_only else 0.1] * len(args.head_density or [0])
+    args.head_density = args.head_density or [None] * len(args.density)
+    if len(args.density) != len(args.head_density):
+        parser.error(
+            f"{len(args.density)} densities of MLPs for {len(args.head_density)} of heads"
+        )
     args.shape = args.shape or ("opt-6.7b" if torch.cuda.is_available() else "opt-1.3b")
     print(environment(), flush=True)
     done: list[dict[str, Any]] = []
