@@ -6,8 +6,7 @@
 
 On CUDA the selection can be issued on a side stream instead: `select_begin` launches it there and
 `select_join`, just before the site, makes the current stream wait. Inductor emits no stream contexts,
-so both are opaque ops (facts: streams). It begins beside the attention of the site's own layer, where that leaves
-memory idle: beside the products of the layer before it would only share their bandwidth. Either way Inductor must not sink the node again:
+so both are opaque ops (facts: streams). Either way Inductor must not sink the node again:
 `reorder_for_locality` is off in our compile options, and a test reads the generated code.
 """
 
@@ -20,10 +19,7 @@ from torch import fx
 
 from .emit import Emitter
 
-aten = torch.ops.aten
 ops = torch.ops.dejavu
-
-ATTENTION = {ops.decode_attention.default, aten.scaled_dot_product_attention.default}
 
 
 class Issue(StrEnum):
@@ -44,7 +40,7 @@ class Scheduled:
 def _hoist(node: fx.Node) -> None:
     """Move `node` up to just after the last of its inputs, taking views of its source along."""
     for source in node.all_input_nodes:
-        if source.op == "get_attr" or source.target is aten.reshape.default:
+        if source.op == "get_attr" or source.target is torch.ops.aten.reshape.default:
             _hoist(source)
     inputs = [i for i in node.all_input_nodes if i.op == "call_function"]
     if inputs:
@@ -53,22 +49,13 @@ def _hoist(node: fx.Node) -> None:
         next(n for n in node.graph.nodes if n.op != "placeholder").prepend(node)
 
 
-def _last_attention(select: fx.Node, first: fx.Node) -> fx.Node | None:
-    """The last attention between a hoisted `select` and its first reader."""
-    node, found = select.next, None
-    while node is not first:
-        found = node if node.target in ATTENTION else found
-        node = node.next
-    return found
-
-
 def _on_side_stream(emit: Emitter, select: fx.Node, ticket: int) -> None:
-    """Replace a `select` by begin, beside an attention or else where it stands, and join before its first reader."""
-    picks = {user.args[1]: user for user in select.users}
-    first = min(min(pick.users) for pick in picks.values())
-    with emit.before(_last_attention(select, first) or select):
+    """Replace a `select` by begin where it stands and join before its first reader."""
+    with emit.before(select):
         begun = emit.call(ops.select_begin.default, *select.args, ticket)
         parts = [emit.call(operator.getitem, begun, i) for i in range(len(begun.meta["val"]))]
+    picks = {user.args[1]: user for user in select.users}
+    first = min(min(pick.users) for pick in picks.values())
     with emit.before(first):
         # The join reads the source too: its memory stays in use until the side stream is done with it.
         emit.call(ops.select_join.default, parts[0], parts[1], parts[2:], select.args[0], ticket)

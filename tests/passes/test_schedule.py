@@ -1,7 +1,5 @@
 """A predictor stands right behind its source, a layer ahead of its site, and the result is the same."""
 
-import operator
-
 import models
 import pytest
 import torch
@@ -110,38 +108,3 @@ def test_any_units(issue, spec):
     model, x, keep = spec.model(), spec.input(), spec.keep()
     got, _, _ = scheduled(model, x, keep, issue)
     models.assert_near(got, models.oracle(model, x, keep))
-
-
-class Attended(torch.nn.Module):
-    """An MLP, attention, and an MLP."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.second = models.Plain(), models.Plain()
-
-    def forward(self, x):
-        x = x + self.first(x)
-        q = x[None, None]
-        x = x + torch.nn.functional.scaled_dot_product_attention(q, q, q)[0, 0]
-        return x + self.second(x)
-
-
-@pytest.mark.parametrize("issue", Issue)
-def test_on_the_side_stream_it_begins_beside_the_attention_before_its_site(issue):
-    torch.manual_seed(0)
-    model, x = Attended(), models.tokens()
-    got, recorder, source = scheduled(model, x, KEEP, issue)
-    with torch.no_grad():
-        middle = x + model.first(x)
-        attention = torch.nn.functional.scaled_dot_product_attention(*[middle[None, None]] * 3)
-        middle = middle + attention[0, 0]
-        models.assert_near(got, middle + models.oracle(model.second, middle, KEEP))
-    order = [models.op(n) for n in recorder.gm.graph.nodes if n.op == "call_function"]
-    attended = order.index("aten.scaled_dot_product_attention")
-    if issue is Issue.INLINE:
-        assert order.index("dejavu.select") < order.index("aten.relu") < attended
-    else:
-        begun = order.index("dejavu.select_begin")
-        between = recorder.gm.graph.find_nodes(op="call_function", target=operator.getitem)
-        assert attended - begun - 1 <= len(between)  # its results, and nothing else
-        assert order.index("dejavu.select_join") > attended
