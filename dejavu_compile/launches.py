@@ -1,7 +1,7 @@
 """The launches of a graph whose block sizes can be searched, and arguments made up to time them with."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -199,7 +199,7 @@ def launches_of(graph: fx.Graph, densities: Mapping[SiteKind, float]) -> tuple[L
         if kernel is None:
             continue
         values = fx.map_arg(node.args, lambda n: n.meta["val"])
-        arguments = _named(node.target, values)
+        arguments = arguments_of(node.target, values)
         key = kernel.key(arguments)
         if key in found:
             found[key] = replace(found[key], count=found[key].count + 1)
@@ -210,7 +210,8 @@ def launches_of(graph: fx.Graph, densities: Mapping[SiteKind, float]) -> tuple[L
     return tuple(found.values())
 
 
-def _named(op: Any, values: tuple) -> Arguments:
+def arguments_of(op: Any, values: Sequence[Any]) -> Arguments:
+    """The arguments of a call by name, with defaults for those that it leaves out."""
     schema = op._schema.arguments
     given = {argument.name: value for argument, value in zip(schema, values, strict=False)}
     return Arguments(**{a.name: given.get(a.name, a.default_value) for a in schema})
