@@ -16,7 +16,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
@@ -71,10 +71,6 @@ class Timed:
     rule_us: float
     tried: int
 
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {"config": self.config, "us": round(self.us, 3), "rule_us": round(self.rule_us, 3), "tried": self.tried}  # fmt: skip
-
 
 # --- what was found, on disk ------------------------------------------------------------------------------
 
@@ -82,13 +78,19 @@ class Timed:
 class ConfigFile:
     """What searches found: machine -> launch -> result, as JSON.
 
-    A file that can't be read counts as empty, and one that can't be written is kept in memory; either is logged. What
-    is there stays: of two processes that search at once, both use what was written first.
+    A file that can't be read counts as empty, and one that can't be written is kept in memory; either is logged once.
+    What is there stays: of two processes that search at once, both use what was written first.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._unwritten: dict[str, dict[str, Any]] = {}
+        self._own: dict[str, dict[str, Any]] = {}
+        self._said: set[str] = set()
+
+    def _warn_once(self, message: str, error: Exception) -> None:
+        if message not in self._said:
+            self._said.add(message)
+            log.warning(message, self.path, error)
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
@@ -98,18 +100,23 @@ class ConfigFile:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            log.warning("%s can't be read, block sizes are those of the rules: %s", self.path, error)  # fmt: skip
+            self._warn_once("%s can't be read, block sizes are those of the rules: %r", error)
             return {}
 
     def entries(self, machine: str) -> dict[str, Any]:
         """Launch -> result, not checked."""
-        return {**self._unwritten.get(machine, {}), **self._read().get(machine, {})}
+        return {**self._own.get(machine, {}), **self._read().get(machine, {})}
 
-    def add(self, machine: str, found: Mapping[str, dict[str, Any]]) -> None:
-        """Keep results, for this process at least."""
+    def add(self, machine: str, found: Mapping[Launch, Timed]) -> None:
+        """Keep results, for this process at least, but for launches that have one."""
         machines = self._read()
-        machines[machine] = {**self._unwritten.get(machine, {}), **found, **machines.get(machine, {})}  # fmt: skip
-        self._unwritten[machine] = machines[machine]
+        entries = self.entries(machine)
+        new = {
+            launch.name: asdict(timed)
+            for launch, timed in found.items()
+            if _known(launch, entries) is None
+        }
+        machines[machine] = self._own[machine] = {**entries, **new}
         text = json.dumps({"format": FORMAT, "machines": machines}, indent=1)
         part = self.path.with_suffix(f".{os.getpid()}")
         try:
@@ -117,7 +124,14 @@ class ConfigFile:
             part.write_text(text, encoding="utf-8")
             part.replace(self.path)
         except OSError as error:
-            log.warning("block sizes are found again in each process: %s can't be written: %s", self.path, error)  # fmt: skip
+            self._warn_once("%s can't be written, block sizes are searched again: %r", error)
+
+
+def _known(launch: Launch, entries: Mapping[str, Any]) -> Config | None:
+    """The configuration that was found for a launch, if it is one of its candidates still."""
+    entry, candidates = entries.get(launch.name), launch.candidates
+    config = entry.get("config") if isinstance(entry, dict) else None
+    return candidates[candidates.index(config)] if config in candidates else None
 
 
 @cache
@@ -156,12 +170,9 @@ def look_up(launches: Iterable[Launch], machine: str, file: ConfigFile) -> tuple
     entries = file.entries(machine)
     choices = []
     for launch in launches:
-        entry, known = entries.get(launch.name), launch.candidates
-        config = entry.get("config") if isinstance(entry, dict) else None
-        if config in known:
-            choices.append(Choice(launch, known[known.index(config)], Origin.SEARCH))
-        else:
-            choices.append(Choice(launch, known[0], Origin.RULE))
+        config = _known(launch, entries)
+        origin = Origin.RULE if config is None else Origin.SEARCH
+        choices.append(Choice(launch, config or launch.candidates[0], origin))
     return tuple(choices)
 
 
@@ -180,7 +191,7 @@ def block_sizes(launches: tuple[Launch, ...], search: bool) -> tuple[Choice, ...
     if search and missing:
         with unset_fake_temporarily(), torch.no_grad():
             found = find_best(missing, GraphTimer)
-        file.add(here, {name: timed.to_dict() for name, timed in found.items()})
+        file.add(here, found)
         choices = look_up(launches, here, file)
     for choice in choices:
         log.debug("%s: %s, by %s", choice.launch.name, choice.config, choice.origin)
@@ -205,8 +216,8 @@ def find_best(
     timer: Callable[[Launch], Time],
     budget_s: float = BUDGET_S,
     clock: Callable[[], float] = time.monotonic,
-) -> dict[str, Timed]:
-    """Search each launch, those that read most of a step first; results by the launch's name.
+) -> dict[Launch, Timed]:
+    """Search each launch, those that read most of a step first.
 
     Where time is up before all candidates of a launch are timed it has no result: what is kept never depends on how
     busy the machine was.
@@ -217,10 +228,10 @@ def find_best(
         for launch in ordered:
             timed = _best(launch, timer, lambda: clock() - start > budget_s)
             if timed is not None:
-                found[launch.name] = timed
+                found[launch] = timed
                 log.info("searched %s: %.2f us by rule, %.2f with %s", launch.name, timed.rule_us, timed.us, timed.config)  # fmt: skip
     except _OutOfTimeError:
-        left = [launch.name for launch in ordered if launch.name not in found]
+        left = [launch.name for launch in ordered if launch not in found]
         log.warning(
             "the search for block sizes stopped after %.0f s; these stay with the rule until a next one: %s",
             budget_s, "; ".join(left),
@@ -272,6 +283,7 @@ class GraphTimer:
         self.arguments = made_up(launch, cache_bytes)
         early = has_early_launch(self.device)
         self.kernel = _LaunchedEarly(launch.kernel.kernel) if early else launch.kernel.kernel
+        self.stream = torch.cuda.Stream(self.device)
         self.expected: torch.Tensor | None = None
 
     def _run(self, arguments: Any, config: Config) -> torch.Tensor:
@@ -284,14 +296,15 @@ class GraphTimer:
         try:
             with torch.cuda.device(self.device):
                 return self._time(config)
-        except TritonError as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (TritonError, RuntimeError) as error:  # the compiler's passes raise the latter
             log.debug("%s can't run with %s: %s", self.launch.name, config, error)
             return None
 
     def _time(self, config: Config) -> float | None:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
             first = self.arguments[0]
             result = self.launch.kernel.written(first, self._run(first, config))
             if not self._is_same(result):
@@ -306,7 +319,7 @@ class GraphTimer:
             finally:
                 graph.capture_end()
             samples = [self._replay_us(graph) for _ in range(3 + REPLAYS)][3:]
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(self.stream)
         return statistics.median(samples) / len(self.arguments)
 
     def _is_same(self, result: torch.Tensor) -> bool:

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -151,17 +152,11 @@ UNKNOWN_DENSITY = 0.25
 
 def _densities(plan: Plan) -> dict[SiteKind, float]:
     """The mean density of the sparse sites of a kind, as far as it is known."""
-    found = {}
-    for kind in SiteKind:
-        known = [
-            s.density
-            for s in plan.sites
-            if s.site.kind is kind
-            and s.decision.policy is not Policy.DENSE
-            and s.density == s.density
-        ]
-        found[kind] = sum(known) / len(known) if known else UNKNOWN_DENSITY
-    return found  # fmt: skip
+    known: dict[SiteKind, list[float]] = {kind: [] for kind in SiteKind}
+    for site in plan.sites:
+        if site.decision.policy is not Policy.DENSE and not math.isnan(site.density):
+            known[site.site.kind].append(site.density)
+    return {kind: sum(d) / len(d) if d else UNKNOWN_DENSITY for kind, d in known.items()}
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:

@@ -41,7 +41,7 @@ SETS = 64  # of weights, at most, for launches in a row
 CACHES = 3  # times the size of the L2 cache: what is read before a weight is read again
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
     """An op's launcher, by the op's own arguments.
 
@@ -136,7 +136,7 @@ KERNELS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Launch:
     """Launches of a graph that ask with one key, `count` of them. `arguments` are those of the first, without numbers.
 

@@ -176,11 +176,17 @@ def row_blocks(d: int, tokens: int = 1) -> Config:
     return {"BLOCK_J": 2, "BLOCK_D": block_d, "num_warps": 4}
 
 
+# Steps along a row are unrolled: beyond this, more of it a thread than `row_blocks` gives takes seconds to compile.
+LONG_ROW = 12288
+
+
 def other_row_blocks(d: int, tokens: int = 1) -> list[Config]:
     """Other tiles whose sums, one for each token, still fit into registers."""
     tiles = [(2, 1024, 4), (1, 2048, 4), (1, 1024, 4), (4, 1024, 4), (4, 512, 4), (2, 4096, 8)]
     if tokens > 1:
         tiles = [(1, 1024, 4), (2, 512, 4), (4, 512, 4), (2, 1024, 8), (1, 2048, 8), (4, 256, 4)]
+    if d > LONG_ROW:
+        tiles = [(j, block_d, warps) for j, block_d, warps in tiles if 2 * j <= warps]
     return [
         {"BLOCK_J": j, "BLOCK_D": min(block_d, power_of_2(d)), "num_warps": warps}
         for j, block_d, warps in tiles

@@ -10,7 +10,7 @@ from tiny import texts, tiny
 
 import dejavu_compile as dv
 from dejavu_compile import autotune, backend, launches
-from dejavu_compile.autotune import ConfigFile, Origin, find_best, in_table, look_up
+from dejavu_compile.autotune import ConfigFile, Origin, Timed, find_best, in_table, look_up
 from dejavu_compile.kernels import tuning
 from dejavu_compile.options import Options, split_options
 from dejavu_compile.passes.site import SiteKind
@@ -42,10 +42,8 @@ def launches_named(*names, densities=DENSITIES, **kwargs):
 
 
 def result(launch, number):
-    """An entry of the file: that candidate."""
-    return {
-        launch.name: {"config": launch.candidates[number], "us": 1.0, "rule_us": 2.0, "tried": 3}
-    }
+    """What a search might find: that candidate."""
+    return {launch: Timed(launch.candidates[number], 1.0, 2.0, 3)}
 
 
 @pytest.fixture
@@ -162,11 +160,16 @@ def test_the_rule_found_best_is_not_searched_again_and_changes_no_table(file):
     [None, 7, [], {}, {"config": None}, {"config": {"BLOCK_J": 3}}, {"config": {"BLOCK_J": "2"}}, {"config": [1]}],
     ids=str,
 )  # fmt: skip
-def test_what_is_no_candidate_is_passed_by(file, entry):
+def test_what_is_no_candidate_is_passed_by_and_replaced(file, entry):
     (rows,) = launches_named("rows")
-    file.add("here", {rows.name: entry})
-    (choice,) = look_up((rows,), "here", ConfigFile(file.path))
+    file.path.parent.mkdir()
+    content = {"format": autotune.FORMAT, "machines": {"here": {rows.name: entry}}}
+    file.path.write_text(json.dumps(content))
+    (choice,) = look_up((rows,), "here", file)
     assert choice.origin is Origin.RULE
+    file.add("here", result(rows, 2))
+    (choice,) = look_up((rows,), "here", ConfigFile(file.path))
+    assert choice.config == rows.candidates[2]
 
 
 # --- the file ---------------------------------------------------------------------------------------------
@@ -245,7 +248,7 @@ def search(clock, *names, budget_s=1e9):
 def test_the_fastest_candidate_wins():
     clock = Clock(lambda launch, number: [10.0, 9.0, 5.0, 6.0, 8.0][min(number, 4)])
     (rows,), found = search(clock, "rows")
-    timed = found[rows.name]
+    timed = found[rows]
     assert (timed.config, timed.us, timed.rule_us) == (rows.candidates[2], 5.0, 10.0)
     assert timed.tried == len(rows.candidates)
     assert len(clock.timed) == len(rows.candidates) + 2, (
@@ -255,7 +258,7 @@ def test_the_fastest_candidate_wins():
 
 def test_a_gain_within_the_noise_is_none():
     (rows,), found = search(Clock(lambda _, number: 10.0 if number == 0 else 9.9), "rows")
-    assert found[rows.name].config == rows.candidates[0]
+    assert found[rows].config == rows.candidates[0]
 
 
 def test_a_gain_that_does_not_repeat_is_none():
@@ -267,13 +270,13 @@ def test_a_gain_that_does_not_repeat_is_none():
 
     (rows,), found = search(Clock(us), "rows")
     assert seen.count(2) == 2
-    assert found[rows.name].config == rows.candidates[0]
+    assert found[rows].config == rows.candidates[0]
 
 
 def test_candidates_that_fail_are_passed_by():
     (rows,), found = search(Clock(lambda _, number: None if number in {1, 2} else 10.0 - number), "rows")  # fmt: skip
-    assert found[rows.name].config == rows.candidates[-1]
-    assert found[rows.name].tried == len(rows.candidates) - 2
+    assert found[rows].config == rows.candidates[-1]
+    assert found[rows].tried == len(rows.candidates) - 2
 
 
 @pytest.mark.parametrize("budget_s", [0.0, 3.0, 12.0, 18.0])
@@ -283,11 +286,11 @@ def test_a_search_ends_in_time_and_says_what_is_left(budget_s, caplog):
         given, found = search(clock, "rows", "sum", "gemv", budget_s=budget_s)
     assert clock.now <= budget_s + 3 * clock.seconds  # what was begun, and the winner once more
     assert len(found) < 3
-    left = [launch.name for launch in given if launch.name not in found]
+    left = [launch.name for launch in given if launch not in found]
     assert all(name in caplog.text for name in left)
     for launch in given:
         tried = {number for name, number in clock.timed if name == launch.name}
-        assert (launch.name in found) == (len(tried) == len(launch.candidates))
+        assert (launch in found) == (len(tried) == len(launch.candidates))
 
 
 def test_what_reads_most_is_searched_first():
@@ -305,7 +308,7 @@ def test_full_memory_leaves_a_launch_to_its_rule():
         return lambda config: 1.0
 
     given = launches_named("rows", "sum")
-    assert list(find_best(given, timer)) == [given[1].name]
+    assert list(find_best(given, timer)) == [given[1]]
 
 
 # --- the backend ------------------------------------------------------------------------------------------
@@ -452,7 +455,7 @@ def test_every_launch_can_be_searched_on_a_gpu(name):
     for node in graph.find_nodes(op="placeholder"):
         node.meta["val"] = node.meta["val"].cuda()
     (launch,) = launches.launches_of(graph, DENSITIES)
-    timed = find_best([launch], autotune.GraphTimer)[launch.name]
+    timed = find_best([launch], autotune.GraphTimer)[launch]
     assert timed.config in launch.candidates
     assert timed.tried > len(launch.candidates) // 2
     assert 0 < timed.us <= timed.rule_us
