@@ -176,7 +176,9 @@ def row_blocks(d: int, tokens: int = 1) -> Config:
     return {"BLOCK_J": 2, "BLOCK_D": block_d, "num_warps": 4}
 
 
-# Steps along a row are unrolled: beyond this, more of it a thread than `row_blocks` gives takes seconds to compile.
+# Steps along a row are unrolled, for each token. More of them, or of longer rows more of a row in one thread than
+# `row_blocks` gives, take seconds to compile.
+MOST_STEPS = 64
 LONG_ROW = 12288
 
 
@@ -185,11 +187,10 @@ def other_row_blocks(d: int, tokens: int = 1) -> list[Config]:
     tiles = [(2, 1024, 4), (1, 2048, 4), (1, 1024, 4), (4, 1024, 4), (4, 512, 4), (2, 4096, 8)]
     if tokens > 1:
         tiles = [(1, 1024, 4), (2, 512, 4), (4, 512, 4), (2, 1024, 8), (1, 2048, 8), (4, 256, 4)]
-    if d > LONG_ROW:
-        tiles = [(j, block_d, warps) for j, block_d, warps in tiles if 2 * j <= warps]
     return [
         {"BLOCK_J": j, "BLOCK_D": min(block_d, power_of_2(d)), "num_warps": warps}
         for j, block_d, warps in tiles
+        if cdiv(d, block_d) * min(tokens, 4) <= MOST_STEPS and (d <= LONG_ROW or 2 * j <= warps)
     ]
 
 

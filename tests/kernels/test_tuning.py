@@ -1,5 +1,7 @@
 """What a launcher runs with: its rule, or what is in force for its key."""
 
+import sys
+
 import pytest
 import torch
 from launched import operations
@@ -134,3 +136,24 @@ def test_candidates_are_the_rule_and_a_few_others_of_its_form(d, n, heads, token
             assert all(value > 0 for name, value in config.items() if name not in {"LOOP", "FOUR"})
             for name in ("BLOCK_J", "BLOCK_D", "BLOCK_S", "num_warps"):
                 assert config.get(name, 1).bit_count() == 1, "Triton's tiles are powers of two"
+
+
+@NAMES
+def test_an_op_traced_for_a_gpu_runs_with_what_is_in_force(name, monkeypatch):
+    op, *args = operations(1)[name]
+    kernel, arguments = KERNELS[op], arguments_of(op, args)
+    recorded = Recorded()
+    module = sys.modules[kernel.kernel.__module__]
+    monkeypatch.setattr(module, "wrap_triton", lambda given: recorded)
+
+    def on_gpu(value):
+        if isinstance(value, list):
+            return [on_gpu(v) for v in value]
+        if not isinstance(value, torch.Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+    config = kernel.candidates(arguments)[-1]
+    with FakeTensorMode(), tuning.in_force({kernel.key(arguments): config}):
+        op(*map(on_gpu, args))
+    assert (recorded.grid, recorded.constants) == launched(op, args, config)
