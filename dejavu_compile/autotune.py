@@ -190,7 +190,7 @@ def block_sizes(launches: tuple[Launch, ...], search: bool) -> tuple[Choice, ...
     missing = [choice.launch for choice in choices if choice.origin is Origin.RULE]
     if search and missing:
         with unset_fake_temporarily(), torch.no_grad():
-            found = find_best(missing, GraphTimer)
+            found = find_best(missing, GraphTimer, BUDGET_S)
         file.add(here, found)
         choices = look_up(launches, here, file)
     for choice in choices:

@@ -40,9 +40,7 @@ class Options:
     pdl: bool = (
         True  # programmatic dependent launch, within CUDA graphs on compute capability 9.0 and up
     )
-    autotune: bool = (
-        False  # search block sizes on this GPU for launches that have none; max-autotune does
-    )
+    autotune: bool = False  # search block sizes on this GPU, once; max-autotune does
     dump: str = ""  # a folder for the graph before and after each pass
 
 

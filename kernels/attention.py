@@ -262,9 +262,8 @@ def attention_candidates(groups: int, slots: int, itemsize: int) -> list[Config]
     others = [{**rule, "num_warps": warps} for warps in (2, 4, 8)]
     per_split = rule["per_split"]
     for share, block_s, warps in (
-        (per_split // 2, 64, 4), (per_split // 2, 32, 4), (per_split, 32, 2), (per_split, 128, 4),
-        (2 * per_split, 64, 2), (2 * per_split, 64, 4), (2 * per_split, 128, 4), (4 * per_split, 64, 4),
-        (4 * per_split, 128, 8),
+        (per_split // 2, 64, 4), (2 * per_split, 64, 4), (per_split, 128, 4), (per_split, 32, 2),
+        (2 * per_split, 128, 4), (per_split // 2, 32, 4), (4 * per_split, 64, 4),
     ):  # fmt: skip
         share = max(share, block_s)
         others.append(

@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from torch import Tensor
 
 Config = dict[str, int]  # block sizes, warps, splits: what a launcher takes as `config`
-MOST = 10  # candidates of one launch, its rule among them: compiling one takes 0.25 s
+MOST = 8  # candidates of one launch, its rule among them: compiling one takes 0.25 s
 
 _in_force: ContextVar[Mapping[str, Config]] = ContextVar("dejavu_configs")
 

@@ -449,7 +449,7 @@ def test_the_option_is_true_or_false(value):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", operations(1))
+@pytest.mark.parametrize("name", ["rows", "sum", "gemv of heads", "attention of heads"])
 def test_every_launch_can_be_searched_on_a_gpu(name):
     graph = graph_of(name)
     for node in graph.find_nodes(op="placeholder"):
@@ -462,7 +462,7 @@ def test_every_launch_can_be_searched_on_a_gpu(name):
 
 
 @pytest.mark.gpu
-def test_a_model_compiled_after_a_search_gives_the_same_logits(monkeypatch, tmp_path, predicted):
+def test_a_model_compiled_after_a_search_gives_the_same_logits(monkeypatch, tmp_path):
     file = ConfigFile(tmp_path / "block_sizes.json")
     monkeypatch.setattr(autotune, "config_file", lambda: file)
     model = tiny("opt", layers=3).cuda()
@@ -471,9 +471,7 @@ def test_a_model_compiled_after_a_search_gives_the_same_logits(monkeypatch, tmp_
         expected = model(token, use_cache=False).logits
         torch.compile(model.forward, backend="dejavu")(token, use_cache=False)
         torch.compiler.reset()
-        compiled = torch.compile(
-            model.forward, backend="dejavu", mode="max-autotune-no-cudagraphs"
-        )
+        compiled = torch.compile(model.forward, backend="dejavu", **SEARCH)
         for _ in range(2):  # columns become contiguous after the first
             got = compiled(token, use_cache=False).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
