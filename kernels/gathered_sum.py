@@ -150,8 +150,8 @@ def _sum_kernel(
 
 
 def sum_config(n: int, d: int, tokens: int = 1) -> Config:
-    """Weights that fill the registers before the wait; of several tokens, sums. (H200, d 4096 at 10 and 50 %, 9216 at 10 %;
-    H100 for 2 to 8 tokens)"""
+    """Weights that fill the registers before the wait; of several tokens, sums. (H200, d 4096 at 10 and 50 %; H100, d 9216
+    at 10 %, and 2 to 8 tokens)"""
     if tokens > 1:
         block_j, block_d = (32, 64) if d <= 4096 else (16, 128)
         block_d = min(block_d, power_of_2(d))
@@ -167,8 +167,8 @@ def sum_config(n: int, d: int, tokens: int = 1) -> Config:
         block_d = min(64, power_of_2(d))
         splits = max(1, min(16, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 256)))
         return {"BLOCK_J": 64, "BLOCK_D": block_d, "num_warps": 4, "splits": splits, "FOUR": True}
-    splits = max(1, min(16, 2 * PROCESSORS // cdiv(d, 256), cdiv(n, 64)))
-    return {"BLOCK_J": 32, "BLOCK_D": 256, "num_warps": 4, "splits": splits, "FOUR": True}
+    splits = max(1, min(16, 3 * PROCESSORS // cdiv(d, 128), cdiv(n, 64)))
+    return {"BLOCK_J": 64, "BLOCK_D": 128, "num_warps": 4, "splits": splits, "FOUR": True}
 
 
 def sum_candidates(n: int, d: int, tokens: int = 1) -> list[Config]:

@@ -153,19 +153,19 @@ def _head_sum_kernel(
 
 
 def head_sum_config(heads: int, width: int, d: int, tokens: int = 1) -> Config:
-    """Two to four programs a multiprocessor, with tiles that keep memory busy. (H200, d 4096 and 9216)"""
+    """Two to four programs a multiprocessor, with tiles that keep memory busy. (H200, d 4096; H100, d 9216)"""
     if tokens > 1:
         block_j, block_d = min(16, power_of_2(width)), min(128, power_of_2(d))
         most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
     elif d <= 4096:
         block_j, block_d, most = min(128, power_of_2(width)), min(64, power_of_2(d)), 4
     else:
-        block_j, block_d = min(64, power_of_2(width)), 128
+        block_j, block_d = min(32, power_of_2(width)), 128
         most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
     splits = max(1, min(heads * cdiv(width, block_j), most))
     return {
         "BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits,
-        "FOUR": d <= 4096 and tokens == 1,
+        "FOUR": tokens == 1,
     }  # fmt: skip
 
 
