@@ -130,34 +130,26 @@ def _rows_kernel(
     GLU: tl.constexpr, TIMES: tl.constexpr,
     BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, READY: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: a fixed number of programs, each taking every num_programs-th block of BLOCK_J slots.
-
-    READY: the selection isn't from the kernel before, so each asks for its first weights before it waits for that one.
-    """
-    if not READY:
-        wait_for_previous(EARLY)
+    """Grid: a fixed number of programs, each taking every num_programs-th block of BLOCK_J slots."""
+    wait_for_previous(EARLY)
     step = tl.num_programs(0) * BLOCK_J
     slot = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     # Loaded beside the count and ahead of each round: one latency less before the weights are asked for.
-    unit = tl.load(index_ptr + slot, mask=slot < n, other=0, cache_modifier=".cg")
-    count = tl.load(count_ptr, cache_modifier=".cg")
-    live = slot < count
-    row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride  # [BLOCK_J, 1]
-    begun = first_columns(row, live, D, BLOCK_D)
-    if READY:
-        wait_for_previous(EARLY)
+    unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
+    count = tl.load(count_ptr)
     for _ in range(tl.program_id(0) * BLOCK_J, count, step):
+        live = slot < count
+        row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride  # [BLOCK_J, 1]
         for first in tl.static_range(0, TOKENS, 4):
             x = x_ptr + first * D
-            if first > 0:
-                begun = first_columns(row, live, D, BLOCK_D)
+            begun = first_columns(row, live, D, BLOCK_D)
             ys = dots(x, row, begun, live, D, TOKENS - first, BLOCK_D)
             if GLU:
                 up_row = up_ptr + unit[:, None].to(tl.int64) * up_stride
-                up_begun = first_columns(up_row, live, D, BLOCK_D)
-                ups = dots(x, up_row, up_begun, live, D, TOKENS - first, BLOCK_D)
+                begun = first_columns(up_row, live, D, BLOCK_D)
+                ups = dots(x, up_row, begun, live, D, TOKENS - first, BLOCK_D)
             for token in tl.static_range(TOKENS - first if TOKENS - first < 4 else 4):
                 y = ys[token]
                 if BIAS:
@@ -174,10 +166,7 @@ def _rows_kernel(
                 out = out_ptr + (first + token) * n + slot
                 tl.store(out, y.to(out_ptr.dtype.element_ty), mask=live)
         slot += step
-        unit = tl.load(index_ptr + slot, mask=slot < n, other=0, cache_modifier=".cg")
-        live = slot < count
-        row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride
-        begun = first_columns(row, live, D, BLOCK_D)
+        unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
 
 
 def row_blocks(d: int, tokens: int = 1) -> Config:
@@ -244,7 +233,7 @@ def check_rows(weight: Tensor) -> None:
 def launch_rows(
     kernel, x: Tensor, weight: Tensor, bias: Tensor | None, selection: tuple[Tensor, Tensor],
     activation: str, up: Tensor | None = None, up_bias: Tensor | None = None, times: Tensor | None = None,
-    config: Config | None = None, ready: bool = False,
+    config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_rows_kernel` (wrapped or not) for either op."""
     x = x.contiguous()
@@ -264,7 +253,7 @@ def launch_rows(
         x if up_bias is None else up_bias, x if times is None else times, *selection, out,
         n, weight.stride(0), 0 if up is None else up.stride(0),
         D=d, TOKENS=tokens, GLU=up is not None, TIMES=times is not None, BIAS=bias is not None,
-        UP_BIAS=up_bias is not None, ACTIVATION=activation, READY=ready, EARLY=False, **config,
+        UP_BIAS=up_bias is not None, ACTIVATION=activation, EARLY=False, **config,
     )  # fmt: skip
     return out
 
@@ -321,31 +310,23 @@ def gathered_glu_cpu(
 @triton_op("dejavu::gathered_rows", mutates_args=())
 def gathered_rows(
     x: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, count: Tensor, activation: str,
-    times: Tensor | None = None, ready: bool = False,
+    times: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See `gathered_rows_reference`. ready: the selection was there before the kernel before this one began."""
+    """See `gathered_rows_reference`."""
     if not x.is_cuda:
         return gathered_rows_cpu(x, weight, bias, index, count, activation, times)
     kernel, selection = wrap_triton(_rows_kernel), (index, count)
-    return launch_rows(kernel, x, weight, bias, selection, activation, times=times, ready=ready)
+    return launch_rows(kernel, x, weight, bias, selection, activation, times=times)
 
 
 @triton_op("dejavu::gathered_glu", mutates_args=())
 def gathered_glu(
     x: Tensor, gate: Tensor, gate_bias: Tensor | None, up: Tensor, up_bias: Tensor | None,
-    index: Tensor, count: Tensor, activation: str, ready: bool = False,
+    index: Tensor, count: Tensor, activation: str,
 ) -> Tensor:  # fmt: skip
-    """See `gathered_glu_reference`; `ready` as for rows."""
+    """See `gathered_glu_reference`."""
     if not x.is_cuda:
         return gathered_glu_cpu(x, gate, gate_bias, up, up_bias, index, count, activation)
     return launch_rows(
-        wrap_triton(_rows_kernel),
-        x,
-        gate,
-        gate_bias,
-        (index, count),
-        activation,
-        up,
-        up_bias,
-        ready=ready,
+        wrap_triton(_rows_kernel), x, gate, gate_bias, (index, count), activation, up, up_bias
     )

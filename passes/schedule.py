@@ -21,8 +21,6 @@ from .emit import Emitter
 
 ops = torch.ops.dejavu
 
-ROWS = {ops.gathered_rows.default, ops.gathered_glu.default}
-
 
 class Issue(StrEnum):
     """How a predictor runs."""
@@ -62,10 +60,6 @@ def _on_side_stream(emit: Emitter, select: fx.Node, ticket: int) -> None:
         # The join reads the source too: its memory stays in use until the side stream is done with it.
         emit.call(ops.select_join.default, parts[0], parts[1], parts[2:], select.args[0], ticket)
     for i, pick in picks.items():
-        for reader in list(pick.users):
-            if reader.target in ROWS:
-                # The join has waited for all of the predictor: only its tokens can be from the kernel before.
-                reader.kwargs = {**reader.kwargs, "ready": True}
         pick.replace_all_uses_with(parts[i])
         select.graph.erase_node(pick)
     select.graph.erase_node(select)

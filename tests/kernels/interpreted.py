@@ -270,8 +270,8 @@ def test_select_keeps_nan(kind, width):
 def test_rows(n, d, m, dtype, share):
     x, weight, bias = randn(m, d, dtype=dtype), randn(n, d, dtype=dtype), randn(n, dtype=dtype)
     selection = chosen(n, share)
-    for b, ready in ((None, True), (bias, False)):
-        got = ROWS.launch_rows(ROWS._rows_kernel, x, weight, b, selection, "identity", ready=ready)
+    for b in (None, bias):
+        got = ROWS.launch_rows(ROWS._rows_kernel, x, weight, b, selection, "identity")
         expected = gathered_rows_reference(x, weight, b, *selection, "identity")
         assert got.dtype is dtype
         assert_live(got, expected, selection, dtype)
@@ -299,9 +299,9 @@ def test_glu_of_interleaved_rows(m, dtype, share, activation):
     n, d = 9, 63
     x, both = randn(m, d, dtype=dtype), randn(2 * n, d, dtype=dtype)
     gate_bias, up_bias, selection = randn(n, dtype=dtype), randn(n, dtype=dtype), chosen(n, share)
-    for gate, up, ready in ((both[::2], both[1::2], False), (both[:n], both[n:], True)):
+    for gate, up in ((both[::2], both[1::2]), (both[:n], both[n:])):
         got = ROWS.launch_rows(
-            ROWS._rows_kernel, x, gate, gate_bias, selection, activation, up, up_bias, ready=ready
+            ROWS._rows_kernel, x, gate, gate_bias, selection, activation, up, up_bias
         )
         expected = gathered_glu_reference(x, gate, gate_bias, up, up_bias, *selection, activation)
         assert_live(got, expected, selection, dtype)

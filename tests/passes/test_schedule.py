@@ -66,18 +66,6 @@ def test_side_stream_joins_before_the_first_reader():
         assert readers
         assert all(nodes.index(join) < nodes.index(reader) for reader in readers)
     assert join.args[3] is begin.args[0]
-    rows = [n for n in nodes if models.op(n) == "dejavu.gathered_rows"]
-    assert rows
-    assert all(
-        n.kwargs == {"ready": True} for n in rows
-    )  # their selection isn't from the kernel before
-
-
-def test_in_line_the_selection_may_be_from_the_kernel_before():
-    _, recorder, _ = scheduled(models.Decoder(), models.tokens(), KEEP, Issue.INLINE)
-    rows = [n for n in recorder.gm.graph.nodes if models.op(n) == "dejavu.gathered_rows"]
-    assert rows
-    assert not any(n.kwargs for n in rows)
 
 
 def test_source_that_is_an_input_of_the_graph():
