@@ -238,7 +238,7 @@ def test_no_code_knows_an_architecture():
     known = {re.sub(r"[^a-z0-9]", "", name.lower()) for name in (*mapping, *classes)}
     assert {"opt", "llama", "gptneox", "phi3"} <= known
     known.remove("codegen")  # what torch calls the making of code, too
-    exempt = {"bench.py", "demo.py"}
+    exempt = {"shapes.py", "demo.py"}
     found = {p.name: words(p) & known for p in sources(*PACKAGES) if p.name not in exempt}
     assert not any(found.values()), found
 
