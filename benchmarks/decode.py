@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import dejavu_compile as dv
 from dejavu_compile.bench import copy_bandwidth, environment, measure, write
@@ -132,7 +131,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run, print one table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -162,7 +161,7 @@ def main() -> None:
         help="what the compiled graph must read, and on CUDA time, bytes and gaps by kernel",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.density is None and not args.attention_only:
         args.density = 0.1
     args.shape = args.shape or ("opt-6.7b" if torch.cuda.is_available() else "opt-1.3b")

@@ -21,7 +21,7 @@ from .breakdown import trace
 from .decode_step import DecodeStep, Share
 from .errors import OptionError
 from .evaluate import masked
-from .step_bytes import read_step
+from .step_bytes import capture_step, total
 
 
 def time_us(
@@ -89,8 +89,8 @@ def measure(
 ) -> dict[str, Any]:
     """Compile, check against the oracle, time, and count recompiles and skipped CUDA graphs.
 
-    `shares` (of the oracle): also what the compiled graph must read, and the plan's decisions; so with `breakdown`,
-    which adds the time by kernel, on a GPU.
+    `breakdown`: also what the compiled graph must read, given the oracle's `shares`, the plan's decisions, and on a GPU
+    the time by kernel.
     """
     torch.compiler.reset()
     gc.collect()
@@ -117,9 +117,10 @@ def measure(
     if breakdown and torch.cuda.is_available():
         step.reset()
         steps = trace(step, TOGETHER)
-    if breakdown or shares is not None:
-        reads = read_step(step, model.forward, shares, **compile_args)
-        row |= {"read_bytes": reads.num_bytes, "sites": reads.sites}
+    if breakdown:
+        captured = capture_step(step, model.forward, **compile_args)
+        reads = captured.reads(shares)
+        row |= {"read_bytes": total(reads), "sites": captured.sites}
         if steps is not None:
             row |= by_kernel(steps, TOGETHER, reads, copy_bandwidth(), times["p50"])
     return row

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .step_bytes import ATTENTION, PRODUCT, Read, StepReads
+from .step_bytes import ATTENTION, PRODUCT, Read, total
 
 _OF_LIBRARY = {
     PRODUCT: re.compile(r"nvjet|gemm|gemv|cutlass|cublas|xmma|^triton_tem_|^triton_(red|per)_\w*_(add)?mm_"),
@@ -91,7 +91,7 @@ def _names(step: list[Launch]) -> Counter[str]:
 
 
 def breakdown(
-    steps: list[list[Launch]], calls: int, reads: StepReads, copy_bandwidth: float, step_us: float
+    steps: list[list[Launch]], calls: int, reads: list[Read], copy_bandwidth: float, step_us: float
 ) -> dict[str, Any]:
     """The rows by kernel, longest own time first, their sums against a step of `step_us`, and one step in order.
 
@@ -117,19 +117,19 @@ def breakdown(
             row.us += launch.us / number
             row.own_us += own / number
             row.gap_us += gap / number
-    for kernel, num_bytes in attributed(counted[0], reads.reads).items():
+    for kernel, num_bytes in attributed(counted[0], reads).items():
         row = rows[kernel]
         row.bytes = num_bytes
         floor_us = 1e6 * num_bytes / copy_bandwidth
         row.share_of_copy, row.above_floor_us = floor_us / row.us, row.own_us - floor_us
     kernels = sorted(rows.values(), key=lambda row: -row.own_us)
-    known = sum(row.bytes or 0 for row in kernels)
+    known, needed = sum(row.bytes or 0 for row in kernels), total(reads)
     summary = {
         "step_us": step_us, "own_us": sum(r.own_us for r in kernels), "between_steps_us": between,
         "gaps_us": sum(r.gap_us for r in kernels), "launches": sum(r.launches for r in kernels),
         "without_bytes_us": sum(r.own_us for r in kernels if r.bytes is None),
-        "bytes": reads.num_bytes, "bytes_of_kernels": known,
-        "floor_us": 1e6 * reads.num_bytes / copy_bandwidth if reads.num_bytes is not None else None,
+        "bytes": needed, "bytes_of_kernels": known,
+        "floor_us": 1e6 * needed / copy_bandwidth if needed is not None else None,
     }  # fmt: skip
     shown = counted[len(counted) // 2]
     timeline = [
@@ -182,11 +182,11 @@ def table(parts: dict[str, Any], most: int = 20) -> str:
         f"    {'own us':>8}{'us':>8}{'n':>6}{'MB':>9}{'of copy':>9}{'above':>8}{'gap':>7}  kernel"
     ]
     for k in parts["kernels"][:most]:
-        known = k["bytes"] is not None
-        size = f"{k['bytes'] / 1e6:9.2f}{k['share_of_copy']:9.0%}{k['above_floor_us']:8.1f}"
+        size = f"{'-':>9}{'-':>9}{'-':>8}"
+        if k["bytes"] is not None:
+            size = f"{k['bytes'] / 1e6:9.2f}{k['share_of_copy']:9.0%}{k['above_floor_us']:8.1f}"
         lines.append(
-            f"    {k['own_us']:8.1f}{k['us']:8.1f}{k['launches']:6.0f}{size if known else '        -' * 2 + '       -'}"
-            f"{k['gap_us']:7.1f}  {k['kernel'][:60]}"
+            f"    {k['own_us']:8.1f}{k['us']:8.1f}{k['launches']:6.0f}{size}{k['gap_us']:7.1f}  {k['kernel'][:60]}"
         )
     s = parts["sum"]
     total = (

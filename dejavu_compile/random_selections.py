@@ -1,7 +1,7 @@
 """Predictors and thresholds of real size that select known random units of a model with random weights."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 
 import torch
@@ -59,6 +59,7 @@ def attach_per_sequence(
     length: int,
     batch: int,
     others: Sequence[Kept] = (),
+    full: Container[int] = (),
     budget: float = 0.05,
 ) -> list[Kept]:
     """Predictors that select a random share of the units for each sequence of a batch, in all layers but the first.
@@ -66,6 +67,7 @@ def attach_per_sequence(
     Heads run for the sequences that select them, an MLP's neurons for all as soon as one does. A density of None leaves
     that kind of site as it is; `others`: what is attached already. Solved for the sources of one eager step in which the
     same units run: score above zero for those that do, below for the rest. Later steps have sources near to these.
+    `full`: the ids of weights out of parts that get a predictor, but that the plan runs in full.
     """
     modules = linears(model)
     kinds = ((mlps(model), density, False), (attentions(model), head_density, True))
@@ -97,7 +99,8 @@ def attach_per_sequence(
         )
         for _, part, _ in wanted
     ]
-    oracle_logits(model, [*others, *kept], length, batch)
+    running = [one for one in (*others, *kept) if id(one.part.out) not in full]
+    oracle_logits(model, running, length, batch)
     for handle in handles:
         handle.remove()
     for number, (part, before, units) in enumerate(wanted):

@@ -139,6 +139,13 @@ def linears(model: nn.Module) -> dict[int, nn.Linear]:
     return {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
 
 
+def row_major(model: nn.Module) -> None:
+    """Undo what attaching did to the strides of the weights: each lies as the model made it."""
+    for part in (*mlps(model), *attentions(model)):
+        for weight in (*part.into, part.out):
+            weight.data = weight.data.contiguous()
+
+
 def weight_bytes(
     model: nn.Module, density: float | None, head_density: float | None = None
 ) -> int:

@@ -11,7 +11,7 @@ reads a row. How many units run isn't in a graph, since it depends on the text: 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,38 +57,29 @@ class Read:
     shape: tuple[int, ...] = ()
 
 
-@dataclass(slots=True)
-class StepReads:
-    """Every read of a step, in the graph's order, and what the plan decided about each site."""
-
-    reads: list[Read] = field(default_factory=list)
-    sites: list[dict[str, str]] = field(default_factory=list)
-
-    @property
-    def num_bytes(self) -> int | None:
-        """All together; None if one isn't known."""
-        sizes = [read.num_bytes for read in self.reads]
-        return None if None in sizes else sum(sizes)
+def total(reads: list[Read]) -> int | None:
+    """Bytes of all together; None if those of one aren't known."""
+    sizes = [read.num_bytes for read in reads]
+    return None if None in sizes else sum(sizes)
 
 
 class _CapturedError(Exception):
     """Ends a call whose graph has been read: nothing has to run. Never leaves this module."""
 
 
-def read_step(
+def capture_step(
     step: DecodeStep,
     forward: Callable[..., Any],
-    shares: dict[int, Share] | None = None,
     *,
     backend: str | Callable[..., Any],
     mode: str | None = None,
     options: dict[str, Any] | None = None,
-) -> StepReads:
-    """What the step of `step` reads when `forward` is compiled by `backend`, `dejavu` or another: dense then.
+) -> "CapturedStep":
+    """The graph of `step` as `backend` compiles `forward`: `dejavu`, or another, which runs it dense.
 
-    Captures the graph once more and runs our passes on it, but nothing else. Drops what is compiled.
+    Runs our passes on it, but nothing else. Drops what is compiled.
     """
-    found = StepReads()
+    found: list[CapturedStep] = []
 
     def capture(gm: fx.GraphModule, inputs: Sequence[Any], **_: Any) -> Callable[..., Any]:
         prepared = None
@@ -96,8 +87,7 @@ def read_step(
             prepared = prepare(gm, inputs, split_options(mode, options)[0])
         if prepared is None or not prepared.modified:
             normalize(gm, inputs)
-        with unset_fake_temporarily():
-            _Reader(gm, inputs, prepared, shares or {}).read(found)
+        found.append(CapturedStep(gm, inputs, prepared))
 
         def stop(*_: Any) -> None:
             raise _CapturedError
@@ -113,29 +103,58 @@ def read_step(
     finally:
         step.forward = before
         torch.compiler.reset()
-    return found
+    return found[0]
 
 
-class _Reader:
-    """Reads one graph after our passes."""
+class CapturedStep:
+    """The graph of a step after our passes, with what they decided."""
 
     def __init__(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared | None, shares: dict[int, Share]
-    ) -> None:  # fmt: skip
+        self, gm: fx.GraphModule, inputs: Sequence[Any], prepared: Prepared | None
+    ) -> None:
         self.gm = gm
         self.inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
         self.plans = prepared.plan.sites if prepared is not None else ()
+        # Dense sites are read in full. Where there are no others, they name nodes of a graph that was given up.
+        self.running = [p for p in self.plans if p.decision.policy is not Policy.DENSE]
         self.share_of_weight: dict[fx.Node, Share | None] = {}
+        self.share_of_attention: dict[fx.Node, Share | None] = {}
+
+    def _weight(self, plan: SitePlan) -> torch.Tensor:
+        return resolve(self.gm, plan.site.output.weight, self.inputs)
+
+    @property
+    def sparse(self) -> set[int]:
+        """The ids of the weights out of the sites that aren't dense."""
+        return {id(self._weight(plan)) for plan in self.running}
+
+    @property
+    def sites(self) -> list[dict[str, str]]:
+        """What the plan decided about each, for JSON."""
+        return [
+            {"name": plan.site.name, "kind": str(plan.site.kind), "policy": str(plan.decision.policy),
+             "execution": str(plan.decision.execution), "reason": plan.reason}
+            for plan in self.plans
+        ]  # fmt: skip
+
+    def reads(self, shares: dict[int, Share] | None = None) -> list[Read]:
+        """What each launch must read, in the graph's order. `shares` by the id of the weight out of a site."""
+        with unset_fake_temporarily():
+            self._set_shares(shares or {})
+            nodes = [node for node in self.gm.graph.nodes if node.op == "call_function"]
+            return [read for node in nodes for read in self._reads(node)]
+
+    def _set_shares(self, shares: dict[int, Share]) -> None:
         scored = []
-        for plan in self.plans:
+        for plan in self.running:
             share = self._share(plan, shares)
             for projection in (*plan.site.projections, plan.site.output):
                 self.share_of_weight[projection.weight] = share
-            if plan.site.kind is SiteKind.ATTENTION and plan.decision.policy is not Policy.DENSE:
+            if plan.site.kind is SiteKind.ATTENTION:
                 scored += [share] * len(plan.site.cores)
         # Attention has no weight to be known by: those with scores come in the order of their sites.
         with_score = [
-            n for n in gm.graph.nodes if _name(n) in _ATTENTION and n.args[6] is not None
+            n for n in self.gm.graph.nodes if _name(n) in _ATTENTION and n.args[6] is not None
         ]
         alike = len(scored) == len(with_score)
         self.share_of_attention = dict(
@@ -144,23 +163,10 @@ class _Reader:
 
     def _share(self, plan: SitePlan, shares: dict[int, Share]) -> Share | None:
         """Of the units of a site, as measured or as the artifact has it; None if neither is known."""
-        known = shares.get(id(resolve(self.gm, plan.site.output.weight, self.inputs)))
+        known = shares.get(id(self._weight(plan)))
         if known is not None or math.isnan(plan.density) or plan.site.num_tokens is None:
             return known
         return Share(1 - (1 - plan.density) ** plan.site.num_tokens, plan.density)
-
-    def read(self, found: StepReads) -> None:
-        """Add to `found`."""
-        for plan in self.plans:
-            decision = plan.decision
-            way = "" if decision.policy is Policy.DENSE else str(decision.execution)
-            found.sites.append(
-                {"name": plan.site.name, "kind": str(plan.site.kind), "policy": str(decision.policy),
-                 "execution": way, "reason": plan.reason}
-            )  # fmt: skip
-        for node in self.gm.graph.nodes:
-            if node.op == "call_function":
-                found.reads += self._reads(node)
 
     def _reads(self, node: fx.Node) -> list[Read]:
         name = _name(node)

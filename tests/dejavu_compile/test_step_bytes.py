@@ -7,7 +7,7 @@ from transformers import LlamaConfig
 from dejavu_compile import random_selections, shapes
 from dejavu_compile.attachments import make_unit_major
 from dejavu_compile.decode_step import DecodeStep, oracle_step
-from dejavu_compile.step_bytes import KERNEL, NO_LAUNCH, read_step
+from dejavu_compile.step_bytes import KERNEL, NO_LAUNCH, capture_step, total
 
 LENGTH, LAYERS, WIDTH, UNITS, HEADS = 64, 3, 128, 512, 8
 SHAPES = {
@@ -32,33 +32,34 @@ def norms(model):
 
 def products(reads):
     """Of activations alone: the angles of a rotary embedding."""
-    return sum(read.num_bytes for read in reads.reads if read.op == "product")
+    return sum(read.num_bytes for read in reads if read.op == "product")
 
 
 def reads_of(model, kept, batch=1, backend="dejavu", **options):
     shares = oracle_step(model, kept, LENGTH, batch).shares
     step = DecodeStep(model, model.forward, LENGTH, batch)
-    found = read_step(step, model.forward, shares, backend=backend, options=options)
+    captured = capture_step(step, model.forward, backend=backend, options=options)
     assert step.forward == model.forward, "the step is as it was"
-    return found
+    return captured.reads(shares), captured
 
 
 def test_dense_reads_every_weight_and_the_cache(model):
-    found = reads_of(model, [], backend="inductor")
+    reads, captured = reads_of(model, [], backend="inductor")
     want = shapes.weight_bytes(model, None) - norms(model) + shapes.cache_bytes(model, LENGTH)
-    assert found.num_bytes - products(found) == want
-    assert not found.sites
+    assert total(reads) - products(reads) == want
+    assert not captured.sites
 
 
 @pytest.mark.parametrize(("density", "heads"), [(0.25, None), (0.25, 0.5), (None, 0.5)])
 def test_predictors_read_what_they_select_and_themselves(model, density, heads):
     kept = random_selections.attach_random_predictors(model, density, heads)
-    found = reads_of(model, kept, **{"dejavu.exact": False})
+    reads, captured = reads_of(model, kept, **{"dejavu.exact": False})
     want = shapes.weight_bytes(model, density, heads) - norms(model)
-    cache = [read.num_bytes for read in found.reads if read.op.endswith("attention")]
-    rest = found.num_bytes - products(found) - sum(cache)
+    cache = [read.num_bytes for read in reads if read.op.endswith("attention")]
+    rest = total(reads) - products(reads) - sum(cache)
     assert rest == pytest.approx(want, rel=2e-3)  # but for the biases of rows
-    assert sum(s["policy"] == "predict" for s in found.sites) == len(kept)
+    assert captured.sparse == {id(one.part.out) for one in kept}
+    assert sum(s["policy"] == "predict" for s in captured.sites) == len(kept)
     group = HEADS // getattr(model.config, "num_key_value_heads", HEADS)
     if group == 1:  # else the formula expects what chance gives
         assert sum(cache) == pytest.approx(shapes.cache_bytes(model, LENGTH, heads))
@@ -68,19 +69,19 @@ def test_gates_are_read_in_full(model):
     if shapes.mlps(model)[0].act is None:
         pytest.skip("a model without gates")
     kept = random_selections.attach_gates(model, 0.25, LENGTH)
-    found = reads_of(model, kept)
+    reads, _ = reads_of(model, kept)
     want = shapes.weight_bytes(model, 0.25) - norms(model) + shapes.cache_bytes(model, LENGTH)
-    assert found.num_bytes - products(found) == pytest.approx(want, rel=2e-3)
+    assert total(reads) - products(reads) == pytest.approx(want, rel=2e-3)
 
 
 def test_the_union_of_a_batch_is_read_once_and_a_cache_for_each_sequence(model):
     kept = random_selections.attach_per_sequence(model, 0.1, 0.5, LENGTH, batch=3)
-    found = reads_of(model, kept, batch=3, **{"dejavu.exact": False})
+    reads, _ = reads_of(model, kept, batch=3, **{"dejavu.exact": False})
     union = {id(one.part.out): one.share(HEADS).weights for one in kept}
     parts = shapes.mlps(model)[1:]
     want = sum(union[id(part.out)] * part.num_bytes for part in parts)
     rows = ("gathered_rows", "gathered_glu", "gathered_sum")
-    got = sum(read.num_bytes for read in found.reads if read.op in rows)
+    got = sum(read.num_bytes for read in reads if read.op in rows)
     assert got == pytest.approx(want, rel=5e-3)  # and biases of rows
 
 
@@ -90,10 +91,11 @@ def test_exact_zeros_count_as_measured_or_not_at_all(model):
     for part in shapes.mlps(model):
         make_unit_major(part.out, 1, produces_units=False)
     step = DecodeStep(model, model.forward, LENGTH)
-    assert read_step(step, model.forward, backend="dejavu").num_bytes is None
+    captured = capture_step(step, model.forward, backend="dejavu")
+    assert total(captured.reads()) is None
     shares = oracle_step(model, [], LENGTH).shares
-    found = read_step(step, model.forward, shares, backend="dejavu")
-    sums = [read.num_bytes for read in found.reads if read.op == "gathered_sum"]
+    reads = captured.reads(shares)
+    sums = [read.num_bytes for read in reads if read.op == "gathered_sum"]
     one = WIDTH * UNITS * 4
     want = [round(shares[id(part.out)].weights * one) for part in shapes.mlps(model)]
     assert sums == want
