@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curves_data import Bench, Place
+from curves_data import Bench, Place, is_gated
 
 from dejavu_compile.bench import copy_bandwidth, environment, write
 from dejavu_compile.growth import CURVES, Point, better_choices, fits, slower_than_dense, table
 from dejavu_compile.plots import plot_curves
-from dejavu_compile.shapes import SHAPES, mlps
+from dejavu_compile.shapes import SHAPES
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> list[Point]:
     """All points, curve by curve; JSON after each."""
     longest = max([args.length, *(args.lengths if "kv" in args.curves else [])])
     bench = Bench(args.shape, DTYPES[args.dtype], longest, args.modes, args.repeats)
-    gated = mlps(bench.take(args.layers))[0].act is not None
+    gated = is_gated(bench.take(args.layers))
     if args.density is None:
         args.density = 0.5 if gated else 0.1
     if args.head_density is None and not gated:

@@ -40,6 +40,11 @@ class Place:
     density: float
 
 
+def is_gated(model: nn.Module) -> bool:
+    """Whether some of its MLPs can be thresholded at their gates."""
+    return any(part.act is not None for part in mlps(model))
+
+
 class Bench:
     """Measures points. One model at a time, which is built once, and each program once."""
 
@@ -68,7 +73,7 @@ class Bench:
         model, heads = self.model, self.head_density
         length, batch, density = place.length, place.batch, place.density
         dv.detach(model)
-        if mlps(model)[0].act is not None:
+        if is_gated(model):
             kept = attach_gates(model, density, length, batch)
             if heads is not None:
                 kept += attach_per_sequence(model, None, heads, length, batch, kept, full)

@@ -21,7 +21,7 @@ from .step_bytes import ATTENTION, PRODUCT, Read, total
 
 _OF_LIBRARY = {
     PRODUCT: re.compile(r"nvjet|gemm|gemv|cutlass|cublas|xmma|^triton_tem_|^triton_(red|per)_\w*_(add)?mm_"),
-    ATTENTION: re.compile(r"flash|fmha|sdpa|attention"),
+    ATTENTION: re.compile(r"^(?!triton_).*(flash|fmha|sdpa|attention)"),
 }  # fmt: skip
 # They add up what another launch left in parts, or only prepare for a product
 _BESIDE = re.compile(r"splitK_?reduce|combine|^triton_poi_", re.IGNORECASE)

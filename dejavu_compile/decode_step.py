@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import StaticCache
 
+from .errors import OptionError
 from .shapes import Part, attentions, linears, mlps
 
 PROMPT_CHUNK = 1024  # tokens: attention that keeps all its weights needs the square of them
@@ -23,6 +24,13 @@ class DecodeStep:
         device = next(model.parameters()).device
         self.forward, self.start, self.config = forward, length // 2, model.config
         self.cache = StaticCache(config=model.config, max_cache_len=length)
+        shortest = min(layer.max_cache_len for layer in self.cache.layers)
+        if shortest < length:
+            raise OptionError(
+                "the cache is longer than this model's sliding window, which has a mask of its own",
+                found=f"{length} slots, a window of {shortest}",
+                fix=f"a length of at most {shortest}",
+            )
         self.token = 11 + 13 * torch.arange(batch, device=device)[:, None]
         self.position = torch.full((batch, 1), self.start, device=device)
         self.mask = torch.ones(batch, 1, 1, length, dtype=torch.bool, device=device)
@@ -56,6 +64,10 @@ class DecodeStep:
         """Back to the first step after the prompt, in place: the addresses are static."""
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(self.start)
+            if hasattr(
+                layer, "cumulative_length_int"
+            ):  # of a sliding window, which decides by it in Python
+                layer.cumulative_length_int = self.start
 
     @torch.no_grad()
     def __call__(self) -> torch.Tensor:

@@ -133,13 +133,15 @@ def claim_density(model: nn.Module, density: float) -> None:
 
 
 def attach_gates(model: nn.Module, density: float, length: int, batch: int = 1) -> list[Kept]:
-    """Thresholds that this share of the units passes in a decode step, others for each sequence, in all layers.
+    """Thresholds that this share of the units passes in a decode step, others for each sequence, in all layers with a
+    plain gate.
 
     Random gates lie on both sides of any threshold, and near it rounding decides which units run. So the gates'
     weights are changed, in place, by what makes the gates of the first step clear: well below for units that don't run,
     well above for the others. Gates of later steps lie around it like any.
     """
-    parts, step = mlps(model), DecodeStep(model, model.forward, length, batch)
+    parts = [part for part in mlps(model) if part.act is not None]
+    step = DecodeStep(model, model.forward, length, batch)
     modules = linears(model)
     thresholds = []
 

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+)
 
 from dejavu_compile.passes.site import Policy
 
@@ -32,7 +38,27 @@ SHAPES = {
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048,
         tie_word_embeddings=False,
     ),
+    # 10 of its 35 layers keep 5 % of the gates; the class has this size by default
+    "gemma-3n-e4b": Gemma3nTextConfig(),
 }  # fmt: skip
+
+
+TOO_SMALL_TO_MATTER = {
+    "vocab_size": 1024, "vocab_size_per_layer_input": 1024, "ffn_dim": 64, "intermediate_size": 64,
+}  # fmt: skip
+
+
+def _with_layers(config: PreTrainedConfig, layers: int | None) -> PreTrainedConfig:
+    """The first layers only. Layers that have no keys of their own, which come last, stay the last."""
+    every = config.num_hidden_layers
+    layers = layers or every
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == every:
+            setattr(config, name, value[:layers])
+    config.num_hidden_layers = layers
+    if hasattr(config, "num_kv_shared_layers"):
+        config.num_kv_shared_layers = max(0, config.num_kv_shared_layers - (every - layers))
+    return config
 
 
 def build(
@@ -47,17 +73,21 @@ def build(
 
     `attention_only` leaves MLPs and a vocabulary too small to matter.
     """
-    config = copy.deepcopy(SHAPES[shape])
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    config = _with_layers(copy.deepcopy(SHAPES[shape]), layers)
     config.max_position_embeddings = max(context, config.max_position_embeddings)
     if attention_only:
-        config.vocab_size = 1024
-        setattr(config, "ffn_dim" if isinstance(config, OPTConfig) else "intermediate_size", 64)
-    kind = OPTForCausalLM if isinstance(config, OPTConfig) else LlamaForCausalLM
+        for name, size in TOO_SMALL_TO_MATTER.items():
+            if hasattr(config, name):
+                each = isinstance(getattr(config, name), list)
+                setattr(config, name, [size] * config.num_hidden_layers if each else size)
     with torch.device("meta"):
-        model = kind(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model = model.to_empty(device=device).eval()
     model.tie_weights()
+    # Only angles and scales, which no checkpoint holds, as transformers does after it loaded one
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.initialize_weights()
     generator = torch.Generator(device).manual_seed(0)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(False)
@@ -65,8 +95,6 @@ def build(
             parameter.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         else:
             parameter.normal_(0.0, 0.02, generator=generator)
-    if isinstance(config, LlamaConfig):
-        model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     return model
 
 
@@ -93,7 +121,9 @@ class Part:
     into: tuple[nn.Parameter, ...]
     out: nn.Parameter
     units: int
-    act: nn.Module | None = None  # of a gated MLP
+    act: nn.Module | None = (
+        None  # of a gated MLP, if it is all that there is between gate and product
+    )
 
     @property
     def is_mlp(self) -> bool:
@@ -107,18 +137,17 @@ class Part:
 
 
 def mlps(model: nn.Module) -> list[Part]:
-    """The MLP of every layer of an OPT or Llama model."""
+    """The MLP of every layer of a model of one of these shapes."""
     inner = model.model
     if hasattr(inner, "decoder"):
         return [
             Part((layer.fc1.weight,), layer.fc2.weight, layer.fc2.in_features)
             for layer in inner.decoder.layers
         ]
-    mlp = [layer.mlp for layer in inner.layers]
     return [
-        Part((m.gate_proj.weight, m.up_proj.weight), m.down_proj.weight,
-             m.down_proj.in_features, m.act_fn)
-        for m in mlp
+        Part((m.gate_proj.weight, m.up_proj.weight), m.down_proj.weight, m.down_proj.in_features,
+             None if getattr(m, "activation_sparsity", 0.0) else m.act_fn)
+        for m in (layer.mlp for layer in inner.layers)
     ]  # fmt: skip
 
 
@@ -149,12 +178,10 @@ def row_major(model: nn.Module) -> None:
 def weight_bytes(
     model: nn.Module, density: float | None, head_density: float | None = None
 ) -> int:
-    """Weights that one step reads, predictors too: the embedding only through the head it is tied to."""
-    skip = {id(p) for n, p in model.named_parameters() if "embed_positions" in n}
-    total = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skip)
-    if model.config.tie_word_embeddings is False:
-        embeddings = model.get_input_embeddings().weight
-        total -= embeddings.numel() * embeddings.element_size()
+    """Weights that one step reads, predictors too: an embedding only through the head that it is tied to."""
+    head = model.get_output_embeddings().weight
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - {id(head)}
+    total = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
     for parts, share in ((mlps(model), density), (attentions(model), head_density)):
         for part in parts if share is not None else []:
             attachment = attached(part.out)
@@ -172,10 +199,10 @@ def _skippable(part: Part, policy: Policy) -> int:
 
 
 def cache_bytes(model: nn.Module, length: int, head_density: float | None = None) -> int:
-    """Keys and values that one step reads from a cache of `length` slots."""
+    """Keys and values that one step reads from a cache of `length` slots, each layer anew where several share them."""
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     layers = config.num_hidden_layers
     if head_density is not None:
         # Keys that a group of heads shares are read if any of them runs.

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, Gemma3nTextConfig, LlamaConfig
 
 from dejavu_compile import bench, decode_step, detach, random_selections, shapes
 from dejavu_compile._compat import compile_counters
-from dejavu_compile.attachments import attached
+from dejavu_compile.attachments import attached, make_unit_major
+from dejavu_compile.errors import OptionError
 
 LENGTH, LAYERS, WIDTH, UNITS = 128, 3, 128, 512
 SHAPES = {
@@ -134,3 +135,64 @@ def test_a_prompt_in_parts_is_the_same_prompt(model, monkeypatch):
     monkeypatch.setattr(decode_step, "PROMPT_CHUNK", 24)
     parts = decode_step.DecodeStep(model, model.forward, LENGTH, batch=2)()
     assert (parts - whole).abs().max() <= 1e-5 * whole.abs().max()
+
+
+def small_gemma():
+    """Layers with and without a sparse gate, sliding windows, and keys shared by the last."""
+    return Gemma3nTextConfig(
+        vocab_size=1024, vocab_size_per_layer_input=1024, hidden_size=WIDTH, intermediate_size=UNITS,
+        num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2, head_dim=32, laurel_rank=8,
+        hidden_size_per_layer_input=16, num_kv_shared_layers=2, sliding_window=LENGTH,
+        layer_types=["sliding_attention", "full_attention"] * 3, activation_sparsity_pattern=[0.95] * 2 + [0.0] * 4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layers", [None, 3])
+@torch.no_grad()
+def test_gemma_runs_its_own_sparse_layers_exactly(layers, monkeypatch, prepared):
+    monkeypatch.setitem(shapes.SHAPES, "gemma", small_gemma())
+    model = shapes.build("gemma", "cpu", torch.float32, layers, context=LENGTH)
+    for part in shapes.mlps(model):
+        make_unit_major(part.out, 1, produces_units=False)
+        make_unit_major(part.into[1], 1, produces_units=True)
+    step = decode_step.DecodeStep(model, model.forward, LENGTH)
+    want = step().clone()
+    step.reset()
+    assert torch.equal(step(), want), "a step can be taken again"
+    oracle = decode_step.oracle_step(model, [], LENGTH)
+    sparse = [oracle.shares[id(part.out)].weights for part in shapes.mlps(model)[:2]]
+    assert all(0.01 < share < 0.1 for share in sparse)
+    got = decode_step.DecodeStep(
+        model, torch.compile(model.forward, backend="dejavu_eager"), LENGTH
+    )()
+    policies = [
+        p.decision.policy
+        for p in prepared[-1].plan.sites
+        if p.site.name.endswith("down_proj.weight")
+    ]
+    assert policies == ["exact"] * 2 + ["dense"] * (model.config.num_hidden_layers - 2)
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@torch.no_grad()
+def test_gemma_compiles_nothing_while_it_is_timed(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "gemma", small_gemma())
+    model = shapes.build("gemma", "cpu", torch.float32, 3, context=LENGTH)
+    want = decode_step.oracle_logits(model, [], LENGTH)
+    row = bench.measure(model, "dense", LENGTH, 3, want, backend="eager")
+    assert row["error"] < 1e-5
+    assert row["recompiles"] == 0
+
+
+def test_the_published_gemma_has_its_size():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shapes.SHAPES["gemma-3n-e4b"])
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(6.87e9, rel=0.01)
+    assert [part.act is None for part in shapes.mlps(model)] == [True] * 10 + [False] * 25
+
+
+def test_a_cache_longer_than_a_sliding_window_is_refused(monkeypatch):
+    monkeypatch.setitem(shapes.SHAPES, "gemma", small_gemma())
+    model = shapes.build("gemma", "cpu", torch.float32, context=LENGTH)
+    with pytest.raises(OptionError, match="longer than this model's sliding window"):
+        decode_step.DecodeStep(model, model.forward, 2 * LENGTH)
