@@ -61,8 +61,13 @@ class DecodeStep:
         )
 
     def reset(self) -> None:
-        """Back to the first step after the prompt, in place: the addresses are static."""
+        """Back to the first step after the prompt, in place: the addresses are static.
+
+        The mask lets every slot be read, so those of later steps are emptied.
+        """
         for layer in self.cache.layers:
+            for slots in (layer.keys, layer.values):
+                slots[:, :, self.start :].zero_()
             layer.cumulative_length.fill_(self.start)
             if hasattr(
                 layer, "cumulative_length_int"
