@@ -10,6 +10,10 @@ zeroed: in fp32 where that fits on the GPU beside the model, and then a row may 
 model is in its own dtype, or by the tolerance. Static cache, full; the KV length is the cache's. Bytes are weights and
 cache read, predictors included; the floor is those bytes at the device's copy bandwidth. Variant `lossless` has nothing
 attached, `mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of predictors.
+
+`--breakdown` reads off the compiled graph what the step must read, and on CUDA sets each kernel of a profile against it.
+`own us`: by which a kernel moved the end of what ran before it; these and the gaps add up to the step. `above`: its own
+time less that of its bytes at the copy bandwidth; `-` where it isn't certain which bytes are its.
 """
 
 import argparse

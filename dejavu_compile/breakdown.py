@@ -148,7 +148,7 @@ def attributed(step: list[Launch], reads: list[Read]) -> dict[str, int]:
     for function in functions:
         wanted = [read for read in reads if read.kernel == function]
         launched = [launch.kernel for launch in step if _runs(launch.kernel, function, functions)]
-        found |= _in_order(launched, wanted)
+        found |= _in_order(launched, wanted) or _without_products(launched, wanted)
     return found
 
 
@@ -160,6 +160,20 @@ def _runs(kernel: str, function: str, functions: set[str]) -> bool:
     if function not in _OF_LIBRARY or own in functions:
         return own == function
     return bool(_OF_LIBRARY[function].search(kernel)) and not _BESIDE.search(kernel)
+
+
+def _without_products(kernels: list[str], reads: list[Read]) -> dict[str, int]:
+    """The order of the weights alone: a product of activations, as of a rotary embedding's angles, may run any time.
+
+    It is told by how often it runs, if only leaving out that one kernel lets the others be in order.
+    """
+    weights = [read for read in reads if read.op != "product"]
+    often = len(reads) - len(weights)
+    names = {name for name, launches in Counter(kernels).items() if launches == often}
+    fits = [_in_order([k for k in kernels if k != name], weights) for name in names]
+    fits += [_in_order(kernels, weights)] if often else []
+    fits = [fit for fit in fits if fit]
+    return fits[0] if len(fits) == 1 else {}
 
 
 def _in_order(kernels: list[str], reads: list[Read]) -> dict[str, int]:

@@ -1,6 +1,8 @@
 """A profile's times add up to the step, and bytes go to the kernels that certainly read them."""
 
+import json
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -84,21 +86,59 @@ SMALL = "void cutlass::Kernel2<cutlass_80_simt_sgemm_128x32_8x5_tn_align1>"
 
 
 def test_products_of_a_library_are_told_by_their_order():
-    """Names as in a profile of Llama-3-8B on an H100."""
-    names = ["triton_poi_fused__to_copy_bmm_expand_unsqueeze_1", SMALL,
-             "nvjet_sm90_tst_64x8_64x16_2x1_v_bz_splitK_TNT", SPLIT,
-             "nvjet_sm90_tst_64x8_64x16_4x1_v_bz_splitK_TNT", SPLIT, FLASH,
-             "triton_poi_fused__scaled_dot_product_cudnn_attention__to_copy_add_bmm_cat_clone_2",
-             "nvjet_sm90_tst_64x8_64x16_2x1_v_bz_splitK_TNT", SPLIT]  # fmt: skip
+    """Names as in a profile of Llama-3-8B on an H100, two layers of attention."""
+    wide, narrow = (f"nvjet_sm90_tst_64x8_64x16_{n}x1_v_bz_splitK_TNT" for n in (2, 4))
+    pointwise = "triton_poi_fused__scaled_dot_product_cudnn_attention__to_copy_add_bmm_cat_clone_2"
+    layer = [wide, SPLIT, narrow, SPLIT, pointwise, FLASH, wide, SPLIT]
+    step = launches("triton_poi_fused__to_copy_bmm_expand_unsqueeze_1", SMALL, *layer * 2)
     q, k, o = (
         Read("linear", PRODUCT, n, shape)
         for n, shape in ((64, (8, 8)), (16, (2, 8)), (64, (8, 8)))
     )
     angles, cache = Read("product", PRODUCT, 1, (1, 1)), Read("attention", ATTENTION, 9, (1, 8))
-    want = {SMALL: 1, names[2]: 128, names[4]: 16, FLASH: 9}
-    assert attributed(launches(*names), [angles, q, k, cache, o]) == want
+    want = {SMALL: 1, wide: 256, narrow: 32, FLASH: 18}
+    assert attributed(step, [angles, *[q, k, cache, o] * 2]) == want
     # one shape by two kernels: the order can't be as it seems
-    assert attributed(launches(*names), [angles, k, q, cache, o]) == {FLASH: 9}
+    assert attributed(step, [angles, *[k, q, cache, o] * 2]) == {FLASH: 18}
+
+
+@pytest.mark.parametrize("angles_first", [True, False])
+def test_a_measured_step_is_told_apart(angles_first):
+    """Dense Llama-3-8B of 8 layers on an H100: Inductor ran the angles' product after that of the queries."""
+    path = (
+        Path(__file__).parents[2]
+        / "benchmarks"
+        / "results"
+        / "decode-h100-llama-3-8b-8-layers.json"
+    )
+    row = json.loads(path.read_text())["runs"][0]["rows"][0]
+    step = [Launch(e["kernel"], e["stream"], e["start_us"], e["us"]) for e in row["timeline"]]
+
+    def linear(rows, columns):
+        return Read("linear", PRODUCT, 2 * rows * columns, (rows, columns))
+
+    d, ffn, vocabulary = 4096, 14336, 128256
+    cache = Read("attention", ATTENTION, 2 * 2 * 8 * 512 * 128, (1, 8, 512, 128))
+    layer = [
+        linear(d, d),
+        linear(1024, d),
+        linear(1024, d),
+        cache,
+        linear(d, d),
+        linear(ffn, d),
+        linear(ffn, d),
+        linear(d, ffn),
+    ]
+    reads = [*layer * 8, linear(vocabulary, d)]
+    reads.insert(0 if angles_first else 1, Read("product", PRODUCT, 260, (1, 1, 1)))
+    found = {kernel: size for kernel, size in attributed(step, reads).items() if size > 1000}
+    assert found == {
+        "nvjet_sm90_tst_64x8_64x16_2x1_v_bz_TNT": 16 * 2 * ffn * d,
+        "nvjet_sm90_tst_64x8_64x16_2x1_v_bz_splitK_TNT": 16 * 2 * d * d + 8 * 2 * ffn * d,
+        "nvjet_sm90_tst_64x8_64x16_4x1_v_bz_splitK_TNT": 16 * 2 * 1024 * d,
+        "nvjet_sm90_tst_384x8_64x4_2x1_v_bz_TNT": 2 * vocabulary * d,
+        next(k for k in found if "sdpa" in k): 8 * cache.num_bytes,
+    }
 
 
 def test_a_product_that_inductor_writes_itself_is_one():
