@@ -132,6 +132,8 @@ def table(result: dict[str, Any]) -> str:
         )
         if "kernels" in r:
             lines.append(table_of_kernels(r))
+        elif r.get("read_bytes"):
+            lines.append(f"    must read {r['read_bytes'] / 1e9:.3f} GB by its graph")
     return "\n".join(lines)
 
 
