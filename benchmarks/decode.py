@@ -10,6 +10,10 @@ zeroed: in fp32 where that fits on the GPU beside the model, and then a row may 
 model is in its own dtype, or by the tolerance. Static cache, full; the KV length is the cache's. Bytes are weights and
 cache read, predictors included; the floor is those bytes at the device's copy bandwidth. Variant `lossless` has nothing
 attached, `mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of predictors.
+
+`--breakdown` reads off the compiled graph what the step must read, and on CUDA sets each kernel of a profile against it.
+`own us`: by which a kernel moved the end of what ran before it; these and the gaps add up to the step. `above`: its own
+time less that of its bytes at the copy bandwidth; `-` where it isn't certain which bytes are its.
 """
 
 import argparse
@@ -19,29 +23,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import dejavu_compile as dv
-from dejavu_compile.bench import (
-    Kept,
+from dejavu_compile.bench import copy_bandwidth, environment, measure, write
+from dejavu_compile.breakdown import table as table_of_kernels
+from dejavu_compile.decode_step import Reference, compared_with
+from dejavu_compile.random_selections import (
     attach_gates,
-    attach_heads_per_sequence,
+    attach_per_sequence,
     attach_random_predictors,
-    build,
-    cache_bytes,
-    copy_bandwidth,
-    environment,
-    measure,
-    oracle_logits,
-    weight_bytes,
-    write,
 )
+from dejavu_compile.shapes import SHAPES, build, cache_bytes, in_float32, weight_bytes
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4}
-# Bytes of a GPU that activations, caches and CUDA graphs may need beside two models
-ROOM = 8 << 30
 
 
 def run(
@@ -51,7 +46,7 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[args.dtype]
     model = build(args.shape, device, dtype, args.layers, length, args.attention_only)
-    wide = in_float32(model, args, length)
+    wide = in_float32(model, args.shape, length, args.attention_only)
     result = {
         "shape": args.shape, "layers": model.config.num_hidden_layers, "dtype": args.dtype,
         "attention_only": args.attention_only, "kv_length": length, "batch": batch,
@@ -60,21 +55,20 @@ def run(
     if device == "cuda":
         result["copy_bandwidth"] = copy_bandwidth()
 
-    def add(
-        provider: str, reference: dict[str, Any], density: Any, heads: Any, **how: Any
-    ) -> None:
+    def add(provider: str, reference: Reference, density: Any, heads: Any, **how: Any) -> None:
         """One row: `density` and `heads` are the shares that run, None where all do."""
-        expected = reference["logits"]
         row = measure(
-            model, provider, length, args.repeats, expected, batch, args.breakdown, **how
-        )
-        row |= {k: v for k, v in reference.items() if k != "logits"}
-        row |= {"density": density, "head_density": heads}
+            model, provider, length, args.repeats, reference.oracle.logits, batch, args.breakdown,
+            reference.oracle.shares if args.breakdown else None, **how,
+        )  # fmt: skip
+        row |= {"tolerance": reference.tolerance, "density": density, "head_density": heads}
+        if reference.eager_error is not None:
+            row["eager_error"] = reference.eager_error
         union = heads and 1 - (1 - heads) ** batch
         cache = batch * cache_bytes(model, length, heads)
         row["bytes"] = weight_bytes(model, density, union) + cache
         result["rows"].append(row)
-        print({k: v for k, v in row.items() if k not in ("kernels", "timeline")}, flush=True)
+        print({k: v for k, v in row.items() if not isinstance(v, list | dict)}, flush=True)
         save(result | {"partial": True})
 
     dense = compared_with(model, wide, [], length, batch)
@@ -97,7 +91,7 @@ def run(
             heads = None if variant == "mlps" else heads
             kept += attach_random_predictors(model, density, heads if batch == 1 else None)
             if heads is not None and batch > 1:
-                kept += attach_heads_per_sequence(model, heads, length, batch)
+                kept += attach_per_sequence(model, None, heads, length, batch, kept)
         reference = compared_with(model, wide, kept, length, batch)
         add(f"dejavu {variant}", reference, density, heads, backend="dejavu", options=options)
     rows = result["rows"]
@@ -109,33 +103,6 @@ def run(
         )
         row["share_of_floor"] = row["floor_us"] / row["p50"] if device == "cuda" else None
     return result
-
-
-def in_float32(model: nn.Module, args: argparse.Namespace, length: int) -> nn.Module | None:
-    """A model of the same shape in fp32, or None where that is its dtype, or doesn't fit beside it on the GPU."""
-    needed = 4 * sum(p.numel() for p in model.parameters()) + ROOM
-    first = next(model.parameters())
-    if first.dtype == torch.float32 or not first.is_cuda or needed > torch.cuda.mem_get_info()[0]:
-        return None
-    return build(args.shape, "cuda", torch.float32, args.layers, length, args.attention_only)
-
-
-def compared_with(
-    model: nn.Module, wide: nn.Module | None, kept: list[Kept], length: int, batch: int
-) -> dict[str, Any]:
-    """The oracle's logits, the tolerance, and how far the eager model is from them in its own dtype.
-
-    A step in bf16 is off by what its dtype loses, and a gate next to its threshold falls on either side by rounding
-    alone, in the eager model as in ours: so a row may be off by half more than the eager model is.
-    """
-    own = oracle_logits(model, kept, length, batch)
-    tolerance = TOLERANCE[model.dtype]
-    if wide is None:
-        return {"logits": own, "tolerance": tolerance}
-    wide.load_state_dict(model.state_dict())  # each time: `attach_gates` changes weights
-    expected = oracle_logits(wide, [k.in_model(model, wide) for k in kept], length, batch)
-    eager = ((own - expected).norm() / expected.norm()).item()
-    return {"logits": expected, "tolerance": max(tolerance, 1.5 * eager), "eager_error": eager}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -168,19 +135,19 @@ def table(result: dict[str, Any]) -> str:
             f"  {r['provider']:<26}{runs:<22}{r['p50'] / 1e3:9.3f} ms  {r['bytes'] / 1e9:7.2f} GB  {floor:>5} of floor  "
             f"{speedup:>7}  err {r['error']:.1e}{eager}  recompiles {r['recompiles']}  skips {r['cudagraph_skips']}"
         )
-        for kernel in r.get("kernels", [])[:20]:
-            lines.append(
-                f"    {kernel['us']:9.1f} us {kernel['launches']:6.1f} x  {kernel['kernel'][:80]}"
-            )
         if "kernels" in r:
-            lines.append(f"    {sum(k['us'] for k in r['kernels']):9.1f} us in kernels")
+            lines.append(table_of_kernels(r))
+        elif r.get("read_bytes"):
+            lines.append(f"    must read {r['read_bytes'] / 1e9:.3f} GB by its graph")
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run, print one table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", help="default: opt-6.7b on a GPU, opt-1.3b without one")
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="default: opt-6.7b on a GPU, opt-1.3b without one"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
     parser.add_argument(
         "--density", type=float, nargs="+", help="of the MLPs' neurons; default: 0.1"
@@ -207,10 +174,12 @@ def main() -> None:
         "--variants", nargs="*", choices=VARIANTS, default=["inline", "side_stream"]
     )
     parser.add_argument(
-        "--breakdown", action="store_true", help="time by kernel too, and in which order (CUDA)"
+        "--breakdown",
+        action="store_true",
+        help="what the compiled graph must read, and on CUDA time, bytes and gaps by kernel",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.density is None:
         args.density = [None if args.attention_only else 0.1] * len(args.head_density or [0])
     args.head_density = args.head_density or [None] * len(args.density)
