@@ -16,8 +16,8 @@
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-// By how much the bits of a nibble, among the last of 2^23, say too much, by its place. Not const: then it would be read
-// from memory each time, and reading is what a predictor takes its time for.
+// By how much the bits of a nibble, among the last of 2^23, say too much, by its place. Not const: the compiler would
+// read a constant from memory at each use, where loads are what limits a predictor.
 extern "C" {
 float dejavu_nibble_offset[4] = {(1 << 23) + 8, (1 << 23) + (8 << 4), (1 << 23) + (8 << 8), (1 << 23) + (8 << 12)};
 }
@@ -152,7 +152,8 @@ void spread(const T* from, int64_t columns, float* x) {
 
 // Adds the words from `at` on, LANES at a time, to the first lanes of `totals`; returns where it stopped.
 template <int LANES, int ROWS>
-int64_t add_words(const Nibbles* const* row, const Nibbles* const* next, const float* x, int64_t at, int64_t words, Floats* totals) {
+int64_t add_words(const Nibbles* const* row, const Nibbles* const* next, const float* x, int64_t at, int64_t words,
+                  Floats* totals) {
   if (at + LANES > words) return at;
   Lanes<LANES, float> sums[ROWS];
   for (int r = 0; r < ROWS; ++r) std::memcpy(&sums[r], &totals[r], sizeof sums[r]);
@@ -255,8 +256,8 @@ void rows(const T* x, const T* weight, const T* bias, const T* up, const T* up_b
   }
 }
 
-// y[c] += sum over r of factor[r] * row[r][c], for the columns from `begin` to `end` of ROWS rows: of four at once the
-// sums are loaded and stored a quarter as often. Asks for the rows `next` meanwhile.
+// y[c] += sum over r of factor[r] * row[r][c], for the columns from `begin` to `end` of ROWS rows: of four at once
+// the sums are loaded and stored a quarter as often. Asks for the rows `next` meanwhile.
 template <int ROWS, class T>
 void add_rows(const T* const* row, const T* const* next, const float* factor, int64_t begin, int64_t end, float* y) {
   int64_t c = begin;
@@ -269,6 +270,12 @@ void add_rows(const T* const* row, const T* const* next, const float* factor, in
     }
     std::memcpy(y + c, &low, sizeof low);
     std::memcpy(y + c + 16, &high, sizeof high);
+  }
+  if (c + 16 <= end) {
+    Floats total = load(y + c);
+    for (int r = 0; r < ROWS; ++r) total += factor[r] * load(row[r] + c);
+    std::memcpy(y + c, &total, sizeof total);
+    c += 16;
   }
   for (; c < end; ++c)
     for (int r = 0; r < ROWS; ++r) y[c] += factor[r] * float(row[r][c]);
