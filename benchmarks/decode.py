@@ -84,7 +84,7 @@ def run(
             options["triton.cudagraphs"] = True
         dv.detach(model)
         kept = []
-        if variant == "gate":
+        if variant.startswith("gate"):
             heads = None
             kept += attach_gates(model, density, length, batch)
         elif variant != "lossless":
@@ -112,8 +112,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_gemv": {"dejavu.gemv": False},
     "no_pdl": {"dejavu.pdl": False},
     "auto": {},
+    "autotune": {"dejavu.autotune": True},
     "lossless": {},  # nothing attached
     "gate": {},  # MLPs by thresholds on their activated gates: Llama
+    "gate_autotune": {"dejavu.autotune": True},
 }
 
 
