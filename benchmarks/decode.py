@@ -9,7 +9,7 @@ sequence. A time counts only after the same step's logits matched an oracle, the
 zeroed: in fp32 where that fits on the GPU beside the model, and then a row may be off by half more than the eager
 model is in its own dtype, or by the tolerance. Static cache, full; the KV length is the cache's. Bytes are weights and
 cache read, predictors included; the floor is those bytes at the device's copy bandwidth. Variant `lossless` has nothing
-attached, `mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of predictors.
+attached, `mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of predictors, `sketch` by sketches.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from dejavu_compile.bench import (
     attach_gates,
     attach_heads_per_sequence,
     attach_random_predictors,
+    attach_random_sketches,
     build,
     cache_bytes,
     copy_bandwidth,
@@ -92,6 +93,9 @@ def run(
         elif variant == "gate":
             heads = None
             kept += attach_gates(model, density, length, batch)
+        elif variant == "sketch":
+            heads = None
+            kept += attach_random_sketches(model, density)
         else:
             heads = None if variant == "mlps" else heads
             kept += attach_random_predictors(model, density, heads if batch == 1 else None)
@@ -146,6 +150,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "auto": {},
     "lossless": {},  # nothing attached
     "gate": {},  # MLPs by thresholds on their activated gates: Llama
+    "sketch": {},  # MLPs by sketches of gate and up: Llama
 }
 
 

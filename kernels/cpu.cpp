@@ -272,6 +272,67 @@ void sum(const T* hidden, const T* weight, const int32_t* index, float* out, int
   }
 }
 
+// y[r] = row[r] . x for 4 rows of two bits a column (see pairs.py), as 0 to 3; `bytes` a row.
+void pair_dots(const uint8_t* row, const float* x, int64_t bytes, float* y) {
+  Floats sums[4] = {};
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    Sixteen<int32_t> codes[4];
+    for (int r = 0; r < 4; ++r) {
+      Sixteen<uint8_t> narrow;
+      std::memcpy(&narrow, row + r * bytes + i, sizeof narrow);
+      codes[r] = __builtin_convertvector(__builtin_convertvector(narrow, Sixteen<int16_t>), Sixteen<int32_t>);
+    }
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      Floats factor = load(x + quarter * bytes + i);
+      for (int r = 0; r < 4; ++r) {
+        sums[r] += __builtin_convertvector(codes[r] & 3, Floats) * factor;
+        codes[r] >>= 2;
+      }
+    }
+  }
+  for (int r = 0; r < 4; ++r) y[r] = folded<16>(sums[r]);
+  for (; i < bytes; ++i)
+    for (int r = 0; r < 4; ++r)
+      for (int quarter = 0; quarter < 4; ++quarter)
+        y[r] += float(row[r * bytes + i] >> 2 * quarter & 3) * x[quarter * bytes + i];
+}
+
+// See sketch.py. `numbers` [5, n]: of the gate, of the other factor, and the mean square that this misses.
+template <class T>
+void sketch(const T* x, const Nibbles* gate, const uint8_t* up, const float* numbers, float* score, int64_t tokens,
+            int64_t width, int64_t n, int activation, int threads) {
+  auto wide = widened(x, tokens * width);
+  std::vector<float> placed(tokens * width), middle(tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    double sum = 0;
+    for (int64_t i = 0; i < width; ++i) {
+      put<Nibbles>(placed.data() + t * width, i, width, wide[t * width + i]);
+      sum += wide[t * width + i];
+    }
+    middle[t] = float(1.5 * sum);
+  }
+  const float *a = numbers, *b = a + n, *c = b + n, *d = c + n, *f = d + n;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t first = 0; first < n; first += 4) {
+    // The last four rows are whole too: where four doesn't divide n, some are computed again, and not stored.
+    int64_t begin = first + 4 <= n ? first : n - 4;
+    const Nibbles* row[4];
+    for (int64_t r = 0; r < 4; ++r) row[r] = gate + (begin + r) * stored<Nibbles>(width);
+    for (int64_t t = 0; t < tokens; ++t) {
+      float g[4], u[4];
+      dots<4>(row, placed.data() + t * width, width, g);
+      pair_dots(up + begin * (width / 4), wide.data() + t * width, width / 4, u);
+      for (int64_t r = first - begin; r < 4; ++r) {
+        int64_t unit = begin + r;
+        float other = (u[r] - middle[t]) * c[unit] + d[unit];
+        float gated = activate(g[r] * a[unit] + b[unit], activation);
+        score[t * n + unit] = std::fabs(gated) * std::sqrt(other * other + f[unit]);
+      }
+    }
+  }
+}
+
 // One pass over the mask [n]; the rest of the index is zero.
 int32_t listed(const std::vector<uint8_t>& keep, int32_t* index) {
   int32_t count = 0, n = int32_t(keep.size());
@@ -416,6 +477,11 @@ void attention(const T* q, const T* k, const T* v, const float* added, const boo
     else                                                                                                     \
       select(source, (const T*)down, (const T*)up, bias, index, count, tokens, width, rank, n, threads);     \
   }                                                                                                          \
+  extern "C" void sketch_##SUFFIX(const T* x, const void* gate, const uint8_t* up, const float* numbers,     \
+                                  float* score, int64_t tokens, int64_t width, int64_t n, int activation,   \
+                                  int threads) {                                                            \
+    sketch(x, (const Nibbles*)gate, up, numbers, score, tokens, width, n, activation, threads);             \
+  }                                                                                                         \
   extern "C" void compact_##SUFFIX(const T* values, float threshold, const float* scale, int32_t* index,    \
                                    int32_t* count, int64_t tokens, int64_t n) {                              \
     compact(values, threshold, scale, index, count, tokens, n);                                              \
