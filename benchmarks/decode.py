@@ -1,6 +1,6 @@
 """Decode step: dense Inductor in its modes against dejavu, side by side in one run.
 
-    python benchmarks/decode.py --shape opt-6.7b --density 0.1 --head-density 0.5
+    python benchmarks/decode.py --shape opt-6.7b --density 0.1 0.05 --head-density 0.5 0.2
     python benchmarks/decode.py --shape opt-66b --attention-only --layers 8 --head-density 0.5 --length 512 4096
 
 Random weights; predictors of the real byte size (5 % of an MLP) that select a fixed random share of the
@@ -9,7 +9,12 @@ sequence. A time counts only after the same step's logits matched an oracle, the
 zeroed: in fp32 where that fits on the GPU beside the model, and then a row may be off by half more than the eager
 model is in its own dtype, or by the tolerance. Static cache, full; the KV length is the cache's. Bytes are weights and
 cache read, predictors included; the floor is those bytes at the device's copy bandwidth. Variant `lossless` has nothing
-attached, `mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of predictors, `sketch` by sketches.
+attached, `mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of
+predictors, `sketch` by sketches of their projections.
+
+`--breakdown` reads off the compiled graph what the step must read, and on CUDA sets each kernel of a profile against it.
+`own us`: by which a kernel moved the end of what ran before it; these and the gaps add up to the step. `above`: its own
+time less that of its bytes at the copy bandwidth; `-` where it isn't certain which bytes are its.
 """
 
 import argparse
@@ -19,30 +24,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import dejavu_compile as dv
-from dejavu_compile.bench import (
-    Kept,
+from dejavu_compile.bench import copy_bandwidth, environment, measure, write
+from dejavu_compile.breakdown import table as table_of_kernels
+from dejavu_compile.decode_step import Reference, compared_with
+from dejavu_compile.random_selections import (
     attach_gates,
-    attach_heads_per_sequence,
+    attach_per_sequence,
     attach_random_predictors,
     attach_random_sketches,
-    build,
-    cache_bytes,
-    copy_bandwidth,
-    environment,
-    measure,
-    oracle_logits,
-    weight_bytes,
-    write,
 )
+from dejavu_compile.shapes import SHAPES, build, cache_bytes, in_float32, weight_bytes
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-TOLERANCE = {torch.bfloat16: 0.05, torch.float16: 0.01, torch.float32: 1e-4}
-# Bytes of a GPU that activations, caches and CUDA graphs may need beside two models
-ROOM = 8 << 30
 
 
 def run(
@@ -52,55 +48,55 @@ def run(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = DTYPES[args.dtype]
     model = build(args.shape, device, dtype, args.layers, length, args.attention_only)
-    wide = in_float32(model, args, length)
+    wide = in_float32(model, args.shape, length, args.attention_only)
     result = {
         "shape": args.shape, "layers": model.config.num_hidden_layers, "dtype": args.dtype,
-        "attention_only": args.attention_only, "kv_length": length, "density": args.density,
-        "head_density": args.head_density, "batch": batch,
+        "attention_only": args.attention_only, "kv_length": length, "batch": batch,
         "oracle": "eager, " + (args.dtype if wide is None else "fp32"), "rows": [],
     }  # fmt: skip
     if device == "cuda":
         result["copy_bandwidth"] = copy_bandwidth()
 
-    def add(
-        provider: str, reference: dict[str, Any], density: Any, heads: Any, **how: Any
-    ) -> None:
-        expected = reference["logits"]
+    def add(provider: str, reference: Reference, density: Any, heads: Any, **how: Any) -> None:
+        """One row: `density` and `heads` are the shares that run, None where all do."""
         row = measure(
-            model, provider, length, args.repeats, expected, batch, args.breakdown, **how
-        )
-        row |= {k: v for k, v in reference.items() if k != "logits"}
+            model, provider, length, args.repeats, reference.oracle.logits, batch, args.breakdown,
+            reference.oracle.shares if args.breakdown else None, **how,
+        )  # fmt: skip
+        row |= {"tolerance": reference.tolerance, "density": density, "head_density": heads}
+        if reference.eager_error is not None:
+            row["eager_error"] = reference.eager_error
         union = heads and 1 - (1 - heads) ** batch
         cache = batch * cache_bytes(model, length, heads)
         row["bytes"] = weight_bytes(model, density, union) + cache
         result["rows"].append(row)
-        print({k: v for k, v in row.items() if k not in ("kernels", "timeline")}, flush=True)
+        print({k: v for k, v in row.items() if not isinstance(v, list | dict)}, flush=True)
         save(result | {"partial": True})
 
     dense = compared_with(model, wide, [], length, batch)
     for mode in args.modes:
         how = {"backend": "inductor", "mode": None if mode == "default" else mode}
         add(f"inductor {mode}", dense, None, None, **how)
-    for variant in args.variants:
+    pairs = list(zip(args.density, args.head_density, strict=True))
+    for variant, (density, heads) in (
+        (v, pair) for v in args.variants for pair in (pairs if v != "lossless" else [(None, None)])
+    ):
         options = dict(VARIANTS[variant])
         if device == "cuda":
             options["triton.cudagraphs"] = True
-        density, heads = args.density, args.head_density
         dv.detach(model)
         kept = []
-        if variant == "lossless":
-            density = heads = None
-        elif variant == "gate":
+        if variant == "gate":
             heads = None
             kept += attach_gates(model, density, length, batch)
         elif variant == "sketch":
             heads = None
             kept += attach_random_sketches(model, density)
-        else:
+        elif variant != "lossless":
             heads = None if variant == "mlps" else heads
             kept += attach_random_predictors(model, density, heads if batch == 1 else None)
             if heads is not None and batch > 1:
-                kept += attach_heads_per_sequence(model, heads, length, batch)
+                kept += attach_per_sequence(model, None, heads, length, batch, kept)
         reference = compared_with(model, wide, kept, length, batch)
         add(f"dejavu {variant}", reference, density, heads, backend="dejavu", options=options)
     rows = result["rows"]
@@ -112,33 +108,6 @@ def run(
         )
         row["share_of_floor"] = row["floor_us"] / row["p50"] if device == "cuda" else None
     return result
-
-
-def in_float32(model: nn.Module, args: argparse.Namespace, length: int) -> nn.Module | None:
-    """A model of the same shape in fp32, or None where that is its dtype, or doesn't fit beside it on the GPU."""
-    needed = 4 * sum(p.numel() for p in model.parameters()) + ROOM
-    first = next(model.parameters())
-    if first.dtype == torch.float32 or not first.is_cuda or needed > torch.cuda.mem_get_info()[0]:
-        return None
-    return build(args.shape, "cuda", torch.float32, args.layers, length, args.attention_only)
-
-
-def compared_with(
-    model: nn.Module, wide: nn.Module | None, kept: list[Kept], length: int, batch: int
-) -> dict[str, Any]:
-    """The oracle's logits, the tolerance, and how far the eager model is from them in its own dtype.
-
-    A step in bf16 is off by what its dtype loses, and a gate next to its threshold falls on either side by rounding
-    alone, in the eager model as in ours: so a row may be off by half more than the eager model is.
-    """
-    own = oracle_logits(model, kept, length, batch)
-    tolerance = TOLERANCE[model.dtype]
-    if wide is None:
-        return {"logits": own, "tolerance": tolerance}
-    wide.load_state_dict(model.state_dict())  # each time: `attach_gates` changes weights
-    expected = oracle_logits(wide, [k.in_model(model, wide) for k in kept], length, batch)
-    eager = ((own - expected).norm() / expected.norm()).item()
-    return {"logits": expected, "tolerance": max(tolerance, 1.5 * eager), "eager_error": eager}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -157,32 +126,44 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def table(result: dict[str, Any]) -> str:
     """The rows as text."""
     lines = [f"{result['shape']} x{result['layers']} {result['dtype']}, KV {result['kv_length']}, "
-             f"batch {result['batch']}, density of MLPs {result['density']}, heads {result['head_density']}"
+             f"batch {result['batch']}"
              + (", attention only" if result["attention_only"] else "")]  # fmt: skip
     for r in result["rows"]:
         speedup = f"{r['speedup']:.2f}x" if r["speedup"] else "FAILED"
         eager = f" (eager {r['eager_error']:.1e})" if "eager_error" in r else ""
         floor = f"{r['share_of_floor']:.0%}" if r["share_of_floor"] else ""
+        runs = (
+            f"MLPs {r['density']}, heads {r['head_density']}"
+            if r["density"] or r["head_density"]
+            else ""
+        )
         lines.append(
-            f"  {r['provider']:<26}{r['p50'] / 1e3:9.3f} ms  {r['bytes'] / 1e9:7.2f} GB  {floor:>5} of floor  "
+            f"  {r['provider']:<26}{runs:<22}{r['p50'] / 1e3:9.3f} ms  {r['bytes'] / 1e9:7.2f} GB  {floor:>5} of floor  "
             f"{speedup:>7}  err {r['error']:.1e}{eager}  recompiles {r['recompiles']}  skips {r['cudagraph_skips']}"
         )
-        for kernel in r.get("kernels", [])[:20]:
-            lines.append(
-                f"    {kernel['us']:9.1f} us {kernel['launches']:6.1f} x  {kernel['kernel'][:80]}"
-            )
         if "kernels" in r:
-            lines.append(f"    {sum(k['us'] for k in r['kernels']):9.1f} us in kernels")
+            lines.append(table_of_kernels(r))
+        elif r.get("read_bytes"):
+            lines.append(f"    must read {r['read_bytes'] / 1e9:.3f} GB by its graph")
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse the command line, run, print one table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", help="default: opt-6.7b on a GPU, opt-1.3b without one")
+    parser.add_argument(
+        "--shape", choices=SHAPES, help="default: opt-6.7b on a GPU, opt-1.3b without one"
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has")
-    parser.add_argument("--density", type=float, help="of the MLPs' neurons; default: 0.1")
-    parser.add_argument("--head-density", type=float, help="default: attention stays dense")
+    parser.add_argument(
+        "--density", type=float, nargs="+", help="of the MLPs' neurons; default: 0.1"
+    )
+    parser.add_argument(
+        "--head-density",
+        type=float,
+        nargs="+",
+        help="one for each density; default: attention stays dense",
+    )
     parser.add_argument(
         "--attention-only", action="store_true", help="MLPs and vocabulary too small to matter"
     )
@@ -199,12 +180,19 @@ def main() -> None:
         "--variants", nargs="*", choices=VARIANTS, default=["inline", "side_stream"]
     )
     parser.add_argument(
-        "--breakdown", action="store_true", help="time by kernel too, and in which order (CUDA)"
+        "--breakdown",
+        action="store_true",
+        help="what the compiled graph must read, and on CUDA time, bytes and gaps by kernel",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "decode.json")
-    args = parser.parse_args()
-    if args.density is None and not args.attention_only:
-        args.density = 0.1
+    args = parser.parse_args(argv)
+    if args.density is None:
+        args.density = [None if args.attention_only else 0.1] * len(args.head_density or [0])
+    args.head_density = args.head_density or [None] * len(args.density)
+    if len(args.density) != len(args.head_density):
+        parser.error(
+            f"{len(args.density)} densities of MLPs for {len(args.head_density)} of heads"
+        )
     args.shape = args.shape or ("opt-6.7b" if torch.cuda.is_available() else "opt-1.3b")
     print(environment(), flush=True)
     done: list[dict[str, Any]] = []

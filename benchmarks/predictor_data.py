@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dejavu_compile.batches import Batch, check_batches
-from dejavu_compile.bench import linears, mlps
 from dejavu_compile.collect import Recording, collect
 from dejavu_compile.evaluate import log_probabilities, predicted
 from dejavu_compile.passes.site import SiteKind
 from dejavu_compile.predictors import SiteExamples, contribution_cutoff, rank_for_budget
+from dejavu_compile.shapes import linears, mlps
 from dejavu_compile.text import windows
 
 ROOT = Path(__file__).parents[1]

@@ -27,9 +27,10 @@ from predictor_data import ROOT, Study, Text, prepare
 from predictor_variants import UNROUNDED, VARIANTS, Scorer, Variant
 from torch import Tensor, nn
 
-from dejavu_compile.bench import environment, linears, mlps, write
+from dejavu_compile.bench import environment, write
 from dejavu_compile.evaluate import Evaluation, Tally, log_probabilities, predicted
 from dejavu_compile.predictors import SiteExamples, threshold_for_density
+from dejavu_compile.shapes import linears, mlps
 
 DENSITIES = {"relu": (0.1, 0.2, 0.3), "silu": (0.3, 0.4, 0.5)}
 CONTENDERS = 2

@@ -28,11 +28,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dejavu_compile as dv
 from dejavu_compile.batches import check_batches
-from dejavu_compile.bench import environment, linears, mlps, write
+from dejavu_compile.bench import environment, write
 from dejavu_compile.calibrate import remeasured
 from dejavu_compile.collect import Recording, collect
 from dejavu_compile.evaluate import compare, evaluate
 from dejavu_compile.passes.site import SiteKind
+from dejavu_compile.shapes import linears, mlps
 from dejavu_compile.text import windows
 
 ROOT = Path(__file__).parents[1]

@@ -26,6 +26,7 @@ from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -40,6 +41,7 @@ __all__ = [
     "compile_fx",
     "guard_identity",
     "has_early_launch",
+    "inductor_cache_dir",
     "inductor_option_names",
     "kernels_analysed_once",
     "launched_early",
@@ -161,6 +163,11 @@ def compile_counters() -> dict[str, int]:
 def inductor_option_names() -> set[str]:
     """The names that Inductor accepts as options."""
     return set(list_options())
+
+
+def inductor_cache_dir() -> str:
+    """Where Inductor keeps what it compiled: `TORCHINDUCTOR_CACHE_DIR`, or a folder of the user's among temporary files."""
+    return cache_dir()
 
 
 def load_cpp(source: str) -> Any:

@@ -5,9 +5,11 @@ capture (Dynamo) -> normalize -> find sites -> plan -> rewrite -> schedule -> In
 
 import dataclasses
 import hashlib
+import json
 import logging
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +21,7 @@ from torch import fx
 
 import dejavu_compile.kernels
 import dejavu_compile.passes
+from dejavu_compile.kernels.tuning import Config, in_force
 from dejavu_compile.passes.counters import count_together
 from dejavu_compile.passes.decode_attention import use_decode_attention
 from dejavu_compile.passes.early import why_not_early
@@ -28,7 +31,7 @@ from dejavu_compile.passes.gemv import use_gemv
 from dejavu_compile.passes.normalize import normalize
 from dejavu_compile.passes.rewrite import rewrite
 from dejavu_compile.passes.schedule import Issue, schedule
-from dejavu_compile.passes.site import Found
+from dejavu_compile.passes.site import Found, Policy, SiteKind
 
 from . import _compat
 from ._compat import (
@@ -44,8 +47,10 @@ from ._compat import (
     unset_fake_temporarily,
 )
 from .attachments import guards_needed, make_unit_major, note_compiled
+from .autotune import block_sizes, in_table
 from .dump import Dump
 from .errors import OptionError
+from .launches import Launch, launches_of
 from .options import ExecutionMode, IssueMode, Options, split_options
 from .plan import Plan, Relayout, make_plan
 
@@ -59,7 +64,7 @@ class Prepared:
     """A graph module after our passes, with what they found and decided.
 
     `few_tokens`: projections became GEMVs, as in a decode step. `early_launch`: their weights may be read while
-    the kernel before still runs.
+    the kernel before still runs. `launches`: those of our kernels whose block sizes can be chosen.
     """
 
     found: Found
@@ -68,6 +73,7 @@ class Prepared:
     modified: bool
     few_tokens: bool = False
     early_launch: bool = False
+    launches: tuple[Launch, ...] = ()
 
 
 def _issue(options: Options) -> Issue:
@@ -135,7 +141,22 @@ def prepare(
     if early and (reason := why_not_early(gm.graph)) is not None:
         log.info("kernels aren't launched early: %s", reason)
         early = False
-    return Prepared(found, plan, relayout, modified, few_tokens, early)
+    launches = launches_of(gm.graph, _densities(plan)) if modified else ()
+    return Prepared(found, plan, relayout, modified, few_tokens, early, launches)
+
+
+# Where the graph's own zeros decide, how many there are isn't known: a few percent in a trained ReLU decoder, half
+# in a random one.
+UNKNOWN_DENSITY = 0.25
+
+
+def _densities(plan: Plan) -> dict[SiteKind, float]:
+    """The mean density of the sparse sites of a kind, as far as it is known."""
+    known: dict[SiteKind, list[float]] = {kind: [] for kind in SiteKind}
+    for site in plan.sites:
+        if site.decision.policy is not Policy.DENSE and not math.isnan(site.density):
+            known[site.site.kind].append(site.density)
+    return {kind: sum(d) / len(d) if d else UNKNOWN_DENSITY for kind, d in known.items()}
 
 
 def _device(example_inputs: Sequence[Any]) -> torch.device:
@@ -188,20 +209,23 @@ def _relayout_after_first_call(compiled: Compiled, relayout: tuple) -> Compiled:
 
 
 class _CacheKey(CustomGraphPass):
-    """Puts our options and sources into the key of torch's on-disk caches; changes no graph.
+    """Puts our options, sources and block sizes into the key of torch's on-disk caches; changes no graph.
 
-    Without it the caches answer with code from before an edit of a kernel's body. (facts: trap 10)
+    Without it the caches answer with code from before an edit of a kernel's body, or from before a search. (facts:
+    trap 10)
     """
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
+    def __init__(self, options: Options, configs: Mapping[str, Config]) -> None:
+        # What a search found is in the code, whether there was one is not.
+        self.options = dataclasses.replace(options, autotune=False)
+        self.configs = json.dumps(configs, sort_keys=True)
 
     def __call__(self, graph: fx.Graph) -> None:
         """Leave the graph alone."""
 
     def uuid(self) -> str:
-        """Digest of the options and of every source file that decides what code is generated."""
-        return f"{_sources_digest()} {self.options}"
+        """The options, the block sizes that no rule gives, and a digest of all sources that decide about code."""
+        return f"{_sources_digest()} {self.options} {self.configs}"
 
 
 @cache
@@ -226,7 +250,7 @@ def _check_option_names(inductor: dict[str, Any]) -> None:
 
 
 def _inductor_config(
-    options: Options, inductor: dict[str, Any], prepared: Prepared
+    options: Options, inductor: dict[str, Any], prepared: Prepared, configs: Mapping[str, Config]
 ) -> dict[str, Any]:
     """The user's Inductor options with what our graph needs."""
     if not prepared.modified:
@@ -241,7 +265,7 @@ def _inductor_config(
     if prepared.few_tokens:
         # A norm is one launch instead of three: there is nothing to spread over the chip.
         ordering["split_reductions"] = False
-    return {**ordering, **inductor, slot: _CacheKey(options)}
+    return {**ordering, **inductor, slot: _CacheKey(options, configs)}
 
 
 def dejavu(
@@ -266,9 +290,11 @@ def dejavu(
     if not inductor.get("triton.cudagraphs"):
         # Outside CUDA graphs the kernel before ours may be one that writes a weight.
         prepared = dataclasses.replace(prepared, early_launch=False)
-    patches = _inductor_config(own, inductor, prepared)
+    configs = in_table(block_sizes(prepared.launches, own.autotune))
+    patches = _inductor_config(own, inductor, prepared, configs)
     early = prepared.early_launch and patches[EARLY_LAUNCH]  # or the user's own wish
-    with kernels_analysed_once(), launched_early() if early else nullcontext():
+    launching = launched_early() if early else nullcontext()
+    with kernels_analysed_once(), launching, in_force(configs):
         compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return _relayout_after_first_call(compiled, prepared.relayout)
 

@@ -17,8 +17,11 @@ from . import bench
 from .artifact import Calibration, detach, load
 from .backend import dejavu
 from .calibrate import calibrate
+from .decode_step import oracle_logits
 from .errors import ArtifactError
 from .evaluate import Evaluation, evaluate
+from .random_selections import attach_random_predictors
+from .shapes import build, weight_bytes
 from .text import windows
 
 PROMPTS = (
@@ -85,7 +88,7 @@ def _quality(console: Console, calibration: Calibration, quality: Evaluation) ->
 def _speed(console: Console, density: float) -> None:
     cuda = torch.cuda.is_available()
     device, layers = ("cuda", None) if cuda else ("cpu", SPEED_LAYERS_CPU)
-    model = bench.build("opt-1.3b", device, torch.bfloat16, layers)
+    model = build("opt-1.3b", device, torch.bfloat16, layers)
     layers = model.config.num_hidden_layers
     console.print(
         f"\nSpeed measurement only: OPT-1.3B's shape, {layers} of 24 layers, RANDOM weights, bf16, "
@@ -93,17 +96,17 @@ def _speed(console: Console, density: float) -> None:
     )
     mode = {"triton.cudagraphs": True} if cuda else {}
     repeats = 20
-    oracle = bench.oracle_logits(model, [], 512)
+    oracle = oracle_logits(model, [], 512)
     dense = bench.measure(model, "dense", 512, repeats, oracle, backend="inductor", options=mode)
-    kept = bench.attach_random_predictors(model, density)
-    oracle = bench.oracle_logits(model, kept, 512)
+    kept = attach_random_predictors(model, density)
+    oracle = oracle_logits(model, kept, 512)
     sparse = bench.measure(model, "dejavu", 512, repeats, oracle, backend=dejavu, options=mode)
     table = Table(title="Decode step")
     for name in ("", "ms a token", "weights read, MB", "error against oracle"):
         table.add_column(name, justify="right")
     for name, row, d in (("dense Inductor", dense, None), ("dejavu", sparse, density)):
         table.add_row(
-            name, f"{row['p50'] / 1e3:.2f}", f"{bench.weight_bytes(model, d) / 1e6:.0f}",
+            name, f"{row['p50'] / 1e3:.2f}", f"{weight_bytes(model, d) / 1e6:.0f}",
             f"{row['error']:.1e}",
         )  # fmt: skip
     console.print(table)

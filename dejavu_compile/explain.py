@@ -12,6 +12,7 @@ from dejavu_compile.passes.find_sites import layer_of
 from dejavu_compile.passes.site import Found, Policy
 
 from ._compat import guard_identity, names_in, recompile_limit
+from .autotune import Choice, block_sizes
 from .backend import prepare
 from .options import Options
 from .plan import Plan, SitePlan
@@ -58,12 +59,26 @@ class LoneAttentionReport:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockSizesReport:
+    """What one kind of launch runs with on this GPU, and whether a search or its kernel's rule chose it."""
+
+    launch: str
+    launches: int
+    config: dict[str, int]
+    origin: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """Every projection and attention of the graphs that one call of the model compiles to."""
+    """Every projection and attention of the graphs that one call of the model compiles to.
+
+    `block_sizes`: of our Triton kernels; there are none on a CPU.
+    """
 
     sites: list[SiteReport] = field(default_factory=list)
     unmatched: list[UnmatchedReport] = field(default_factory=list)
     lone_attention: list[LoneAttentionReport] = field(default_factory=list)
+    block_sizes: list[BlockSizesReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON (NaN as None)."""
@@ -78,6 +93,7 @@ class Report:
             "sites": sites,
             "unmatched": [asdict(u) for u in self.unmatched],
             "lone_attention": [asdict(a) for a in self.lone_attention],
+            "block_sizes": [asdict(b) for b in self.block_sizes],
         }
 
     def __str__(self) -> str:
@@ -113,6 +129,10 @@ class Report:
             width = max((len(entry.name) for entry in entries), default=0)
             lines += ["", title] if entries else []
             lines += [f"  {entry.name.ljust(width)}  {entry.reason}" for entry in entries]
+        lines += ["", "block sizes"] if self.block_sizes else []
+        for entry in self.block_sizes:
+            sizes = " ".join(f"{name}={value}" for name, value in entry.config.items())
+            lines.append(f"  {entry.launches} x {entry.launch}: {sizes} (by {entry.origin})")
         return "\n".join(lines)
 
 
@@ -136,6 +156,7 @@ class _Explainer:
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.model, self.options = model, options
         self.seen: list[tuple[Found, Plan, dict[str, str]]] = []
+        self.choices: list[Choice] = []
 
     def __call__(
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any
@@ -143,6 +164,7 @@ class _Explainer:
         prepared = prepare(gm, example_inputs, self.options)
         names = names_in(self.model, gm, example_inputs)
         self.seen.append((prepared.found, prepared.plan, names))
+        self.choices += block_sizes(prepared.launches, search=False)
         # Where graphs break between layers, Dynamo runs one graph for all that are alike: ask for each.
         for site in prepared.found.sites:
             guard_identity(site.output.weight)
@@ -168,4 +190,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Report:
         for lone in found.lone:
             name = lone.node.name if lone.name is None else names.get(lone.name, lone.name)
             report.lone_attention.append(LoneAttentionReport(name, lone.reason))
+    for choice in explainer.choices:
+        launch = choice.launch
+        report.block_sizes.append(
+            BlockSizesReport(launch.name, launch.count, choice.config, str(choice.origin))
+        )
     return report

@@ -40,6 +40,7 @@ class Options:
     pdl: bool = (
         True  # programmatic dependent launch, within CUDA graphs on compute capability 9.0 and up
     )
+    autotune: bool = False  # search block sizes on this GPU, once; max-autotune does
     dump: str = ""  # a folder for the graph before and after each pass
 
 
@@ -68,6 +69,7 @@ def split_options(
 ) -> tuple[Options, dict[str, Any]]:
     """Our options and Inductor's, from what `torch.compile` hands to a backend.
 
+    The modes that begin with `max-autotune` set `dejavu.autotune`, unless the options say otherwise.
     Raises OptionError for an unknown key of ours (naming the nearest) or a value of the wrong type.
     Inductor checks its own.
     """
@@ -87,4 +89,6 @@ def split_options(
                 fix=f"did you mean {PREFIX + near[0]!r}?",
             )
         ours[name] = _parse(name, value)
+    if mode is not None and mode.startswith("max-autotune"):
+        ours.setdefault("autotune", True)
     return Options(**ours), inductor

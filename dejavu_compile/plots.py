@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from .growth import CURVES, Point, slower_than_dense
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,3 +88,37 @@ def _unions(verification: Verification, axes: Axes) -> None:
     axes.set_xscale("log", base=2)
     if curves:
         axes.legend(fontsize=7)
+
+
+LABELS = {
+    "density": "density of the MLPs", "kv": "slots of the cache", "batch": "sequences", "layers": "layers",
+}  # fmt: skip
+LINES = {"dense": ("s", "tab:gray"), "auto": ("o", "tab:blue"), "mlps sparse": ("^", "tab:green"),
+         "mlps dense": ("v", "tab:orange")}  # fmt: skip
+
+
+def plot_curves(points: Sequence[Point], title: str, path: str | Path) -> None:
+    """A panel a curve: the time of a step, what its bytes need at the copy bandwidth, where dejavu is slower."""
+    figure, panels = _figure(len(CURVES))
+    figure.suptitle(title, fontsize=10)
+    slower = slower_than_dense(points)
+    for curve, axes in zip(CURVES, panels, strict=True):
+        for provider, (marker, color) in LINES.items():
+            of_line = [p for p in points if (p.curve, p.provider) == (curve, provider)]
+            times = sorted((p.x, p.us / 1e3) for p in of_line if p.us is not None)
+            floors = sorted((p.x, p.floor_us / 1e3) for p in of_line if p.floor_us is not None)
+            if times:
+                axes.plot(*zip(*times, strict=True), marker=marker, color=color, label=provider)
+            if floors:
+                axes.plot(*zip(*floors, strict=True), ls=":", lw=0.9, color=color)
+        for x, ratio in slower.get(curve, []):
+            axes.axvline(x, color="tab:red", lw=0.6)
+            axes.annotate(f"{ratio:.2f}x slower", (x, 0.02), xycoords=("data", "axes fraction"),
+                          rotation=90, fontsize=6, color="tab:red")  # fmt: skip
+        axes.set(xlabel=LABELS[curve], ylabel="ms a step (dotted: its bytes at the copy bandwidth)",
+                 title=curve)  # fmt: skip
+        axes.set_xscale("log", base=10 if curve == "density" else 2)
+        axes.set_ylim(bottom=0)
+        if axes.lines:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=140)

@@ -29,6 +29,7 @@ from .errors import CalibrationError
 from .workdir import Rows
 
 RANK_MULTIPLE = 16
+LARGEST_RANK = 1024  # the paper's predictors have 1,000, up to d = 12288
 MIN_TOKENS = 256
 HELD_OUT = 0.15  # of the recorded tokens: for thresholds and metrics
 # fmt: off
@@ -56,13 +57,13 @@ def rank_for_budget(
     """Largest rank, a multiple of 16, whose two matrices fit `budget` of the dense bytes; 0: none.
 
     bits: of an element. In four bits the rank is a multiple of 32: rows of whole 16 bytes are read by whole vectors.
-    Never above min(source_width, units): past it the low rank saves nothing.
+    Never above min(source_width, units), past which the low rank saves nothing, nor above LARGEST_RANK.
     """
     bytes_per_rank = (source_width + units) * bits / 8
     # The nudge keeps a rank that fits exactly from being lost to the rounding of `budget`.
     affordable = math.floor(budget * dense_bytes / bytes_per_rank * (1 + 1e-12))
     multiple = RANK_MULTIPLE * 8 // min(bits, 8)
-    return min(affordable, source_width, units) // multiple * multiple
+    return min(affordable, source_width, units, LARGEST_RANK) // multiple * multiple
 
 
 def rank_and_bits(
@@ -70,12 +71,13 @@ def rank_and_bits(
 ) -> tuple[int, int]:
     """The largest rank for the budget in int4 or int8, and which: int8 where four bits buy no rank or don't fit.
 
-    Twice the rank for the same bytes is worth far more than the rounding costs. (docs/predictors.md)
+    Twice the rank for the same bytes is worth far more than the rounding costs (docs/predictors.md); where int8 affords
+    the largest rank too, int4 is half of its bytes.
     """
     rank = rank_for_budget(dense_bytes, source_width, units, 8, budget)
     if least_bits <= 4 and source_width % nibbles.MULTIPLE == 0:
         longer = rank_for_budget(dense_bytes, source_width, units, 4, budget)
-        if longer > rank:
+        if longer > rank or longer == LARGEST_RANK:
             return longer, 4
     return rank, 8
 

@@ -29,6 +29,7 @@ from ._triton import (
     wrap_triton,
 )
 from .gemv import running
+from .tuning import Config, candidates, config_for, key_of
 
 NEGATIVE = float("-inf")
 
@@ -237,9 +238,10 @@ BLOCK_S = 64
 MOST_SCANNED = 4096  # slots of a mask
 GATED_ABOVE = 2 * PROCESSORS  # blocks of keys
 LEAST = 16  # rows and columns of a matrix product
+MOST_SPLITS = 128  # whose parts one program joins
 
 
-def attention_config(groups: int, slots: int, itemsize: int) -> dict[str, int]:
+def attention_config(groups: int, slots: int, itemsize: int) -> Config:
     """One block a program where that fills the chip a few times over at most; else four programs a multiprocessor.
 
     `itemsize`: bytes of an element of the cache. (H200, 8 to 72 groups, 512 to 32k slots)
@@ -254,14 +256,44 @@ def attention_config(groups: int, slots: int, itemsize: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+def attention_candidates(groups: int, slots: int, itemsize: int) -> list[Config]:
+    """`attention_config`, with other warps, and with half to four times as many slots a program, in other blocks."""
+    rule = attention_config(groups, slots, itemsize)
+    others = [{**rule, "num_warps": warps} for warps in (2, 4, 8)]
+    per_split = rule["per_split"]
+    for share, block_s, warps in (
+        (per_split // 2, 64, 4), (2 * per_split, 64, 4), (per_split, 128, 4), (per_split, 32, 2),
+        (2 * per_split, 128, 4), (per_split // 2, 32, 4), (4 * per_split, 64, 4),
+    ):  # fmt: skip
+        share = max(share, block_s)
+        others.append(
+            {"splits": cdiv(slots, share), "per_split": share, "BLOCK_S": block_s, "num_warps": warps,
+             "STAGES": 1 if share == block_s else 3 if itemsize <= 2 else 2}
+        )  # fmt: skip
+    return candidates(rule, (other for other in others if other["splits"] <= MOST_SPLITS))
+
+
+def attention_key(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float, score: Tensor | None
+) -> str:
+    """Of a launch."""
+    (batch, heads, _, d), (kv_heads, slots, e) = q.shape, v.shape[1:]
+    return key_of(
+        "attention", k, batch=batch, heads=heads, kv_heads=kv_heads, slots=slots, d=d, e=e,
+        mask="none" if mask is None else str(mask.dtype).removeprefix("torch."), capped=softcap != 0,
+        selected=score is not None,
+    )  # fmt: skip
+
+
 def launch_attention(
     kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, softcap: float,
-    score: Tensor | None, arrived: Tensor, config: dict[str, int] | None = None,
+    score: Tensor | None, arrived: Tensor, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_attention_kernel`, wrapped or not."""
     (batch, heads, _, d), (kv_heads, slots, e) = q.shape, v.shape[1:]
     groups = batch * kv_heads
-    config = dict(config or attention_config(groups, slots, k.element_size()))
+    rule = attention_config(groups, slots, k.element_size())
+    config = dict(config or config_for(attention_key(q, k, v, mask, softcap, score), rule))
     splits, per_split = config.pop("splits"), config.pop("per_split")
     check_arrived(arrived, groups)
     part = empty(batch * heads * splits, e, like=q, dtype=torch.float32)

@@ -25,6 +25,7 @@ from ._triton import (
     wrap_triton,
 )
 from .rows import CPU_DENSE_ABOVE, check_rows, once
+from .tuning import Config, candidates, config_for, key_of
 
 
 def gathered_sum_reference(
@@ -148,9 +149,9 @@ def _sum_kernel(
             add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
 
 
-def sum_config(n: int, d: int, tokens: int = 1) -> dict[str, int]:
-    """Weights that fill the registers before the wait; of several tokens, sums. (H200, d 4096 at 10 and 50 %, 9216 at 10 %;
-    H100 for 2 to 8 tokens)"""
+def sum_config(n: int, d: int, tokens: int = 1) -> Config:
+    """Weights that fill the registers before the wait; of several tokens, sums. (H200, d 4096 at 10 and 50 %; H100, d 9216
+    at 10 %, and 2 to 8 tokens)"""
     if tokens > 1:
         block_j, block_d = (32, 64) if d <= 4096 else (16, 128)
         block_d = min(block_d, power_of_2(d))
@@ -166,19 +167,54 @@ def sum_config(n: int, d: int, tokens: int = 1) -> dict[str, int]:
         block_d = min(64, power_of_2(d))
         splits = max(1, min(16, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 256)))
         return {"BLOCK_J": 64, "BLOCK_D": block_d, "num_warps": 4, "splits": splits, "FOUR": True}
-    splits = max(1, min(16, 2 * PROCESSORS // cdiv(d, 256), cdiv(n, 64)))
-    return {"BLOCK_J": 32, "BLOCK_D": 256, "num_warps": 4, "splits": splits, "FOUR": True}
+    splits = max(1, min(16, 3 * PROCESSORS // cdiv(d, 128), cdiv(n, 64)))
+    return {"BLOCK_J": 64, "BLOCK_D": 128, "num_warps": 4, "splits": splits, "FOUR": True}
+
+
+def sum_candidates(n: int, d: int, tokens: int = 1) -> list[Config]:
+    """`sum_config`, with half and twice as many splits, with other weights at hand, and in other tiles."""
+    rule = sum_config(n, d, tokens)
+    others = [{**rule, "splits": max(1, rule["splits"] // 2)}]
+    others += [{**rule, "splits": max(1, min(32, 2 * rule["splits"], cdiv(n, 64)))}]
+    tiles = [
+        (16, 128, 4, False),
+        (64, 64, 4, False),
+        (16, 64, 4, False),
+        (32, 64, 8, False),
+        (8, 256, 4, False),
+    ]
+    if tokens == 1:
+        others += [{**rule, "FOUR": not rule["FOUR"]}]
+        tiles = [
+            (64, 64, 4, True), (32, 128, 4, True), (32, 64, 4, True), (64, 128, 8, True), (16, 256, 4, True),
+            (64, 64, 4, False), (32, 128, 4, False), (128, 32, 4, True),
+        ]  # fmt: skip
+    for block_j, block_d, warps, four in tiles:
+        block_d = min(block_d, power_of_2(d))
+        splits = max(1, min(16, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 64)))
+        others.append(
+            {"BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": warps, "splits": splits, "FOUR": four}
+        )  # fmt: skip
+    return candidates(rule, others)
+
+
+def sum_key(hidden: Tensor, weight: Tensor, compacted: bool) -> str:
+    """Of a launch."""
+    (tokens, n), d = hidden.shape, weight.shape[1]
+    return key_of("sum", hidden, tokens=tokens, n=n, d=d, compacted=compacted)
 
 
 def launch_sum(
     kernel, hidden: Tensor, weight: Tensor, index: Tensor, count: Tensor, compacted: bool,
-    arrived: Tensor, config: dict[str, int] | None = None,
+    arrived: Tensor, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_sum_kernel`, wrapped or not."""
     hidden = hidden.contiguous()
     check_rows(weight)
     (tokens, n), d = hidden.shape, weight.shape[1]
-    config = dict(config or sum_config(n, d, tokens))
+    config = dict(
+        config or config_for(sum_key(hidden, weight, compacted), sum_config(n, d, tokens))
+    )
     splits, blocks = config.pop("splits"), cdiv(d, config["BLOCK_D"])
     check_arrived(arrived, blocks)
     out = empty(tokens, d, like=hidden, dtype=torch.float32)

@@ -16,7 +16,8 @@ from torch.library import triton_op
 from . import cpu
 from ._triton import cdiv, empty, jit, tl, wait_for_previous, wrap_triton
 from .activations import REFERENCE, activate
-from .rows import check_rows, dots, first_columns, row_blocks
+from .rows import check_rows, dots, first_columns, other_row_blocks, row_blocks
+from .tuning import Config, candidates, config_for, key_of
 
 MOST = 4  # projections in one launch
 
@@ -151,7 +152,7 @@ def _gemv_kernel(
         )  # fmt: skip
 
 
-def gemv_config(d: int, owned: bool = False, tokens: int = 1) -> dict[str, int]:
+def gemv_config(d: int, owned: bool = False, tokens: int = 1) -> Config:
     """The loop is 8 % faster for rows in short steps (d 9216 on an H200), 10 % slower for long ones (4096).
 
     Where heads own rows it costs 20 % at d 9216, for reasons of the compiler's that we don't know.
@@ -164,9 +165,29 @@ def gemv_config(d: int, owned: bool = False, tokens: int = 1) -> dict[str, int]:
     return {**blocks, "LOOP": d % blocks["BLOCK_D"] == 0 and blocks["BLOCK_D"] < 2048}
 
 
+def gemv_candidates(d: int, owned_rows: int = 0, tokens: int = 1) -> list[Config]:
+    """`gemv_config`, its other form, and other tiles in both; `owned_rows` of a head, 0 for none, are never split."""
+    rule = gemv_config(d, owned_rows > 0, tokens)
+    tiles = [
+        blocks for blocks in other_row_blocks(d, tokens) if owned_rows % blocks["BLOCK_J"] == 0
+    ]
+    others = [{**rule, "LOOP": not rule["LOOP"]}]
+    others += [{**blocks, "LOOP": False} for blocks in tiles]
+    others += [{**blocks, "LOOP": True} for blocks in tiles]
+    return candidates(rule, others)
+
+
+def gemv_key(x: Tensor, weights: list[Tensor], owner: Tensor | None, score: Tensor | None) -> str:
+    """Of a launch."""
+    rows, heads = "+".join(str(weight.shape[0]) for weight in weights), 0
+    if owner is not None:
+        heads, rows = score.shape[1], f"{owner.shape[0]}x{rows}"
+    return key_of("gemv", x, tokens=x.shape[0], n=rows, d=x.shape[1], heads=heads)
+
+
 def launch_gemv(
     kernel, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str,
-    owner: Tensor | None = None, score: Tensor | None = None, config: dict[str, int] | None = None,
+    owner: Tensor | None = None, score: Tensor | None = None, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_gemv_kernel`, wrapped or not, for at most `MOST` weights."""
     x = x.contiguous()
@@ -174,7 +195,8 @@ def launch_gemv(
         check_rows(weight)
     tokens, d = x.shape
     sizes = [weight.shape[0] for weight in weights]
-    config = dict(config or gemv_config(d, owner is not None, tokens))
+    rule = gemv_config(d, owner is not None, tokens)
+    config = dict(config or config_for(gemv_key(x, weights, owner, score), rule))
     owned_rows = heads = 1
     if owner is not None:
         owned_rows, heads = sizes[0] // owner.numel(), score.shape[1]

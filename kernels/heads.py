@@ -28,6 +28,7 @@ from ._triton import (
 from .gathered_sum import rows_of, times_of
 from .gemv import running
 from .rows import check_rows
+from .tuning import Config, candidates, config_for, key_of
 
 
 def head_sum_reference(hidden: Tensor, weight: Tensor, score: Tensor) -> Tensor:
@@ -151,33 +152,64 @@ def _head_sum_kernel(
             add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
 
 
-def head_sum_config(heads: int, width: int, d: int, tokens: int = 1) -> dict[str, int]:
-    """Two to four programs a multiprocessor, with tiles that keep memory busy. (H200, d 4096 and 9216)"""
+def head_sum_config(heads: int, width: int, d: int, tokens: int = 1) -> Config:
+    """Two to four programs a multiprocessor, with tiles that keep memory busy. (H200, d 4096; H100, d 9216)"""
     if tokens > 1:
         block_j, block_d = min(16, power_of_2(width)), min(128, power_of_2(d))
         most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
     elif d <= 4096:
         block_j, block_d, most = min(128, power_of_2(width)), min(64, power_of_2(d)), 4
     else:
-        block_j, block_d = min(64, power_of_2(width)), 128
+        block_j, block_d = min(32, power_of_2(width)), 128
         most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
     splits = max(1, min(heads * cdiv(width, block_j), most))
     return {
         "BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits,
-        "FOUR": d <= 4096 and tokens == 1,
+        "FOUR": tokens == 1,
     }  # fmt: skip
+
+
+def head_sum_candidates(heads: int, width: int, d: int, tokens: int = 1) -> list[Config]:
+    """`head_sum_config`, with half and twice as many splits, with other weights at hand, and in other tiles."""
+    rule = head_sum_config(heads, width, d, tokens)
+    most = heads * cdiv(width, rule["BLOCK_J"])
+    others = [{**rule, "splits": max(1, rule["splits"] // 2)}]
+    others += [{**rule, "splits": min(32, most, 2 * rule["splits"])}]
+    tiles = [(32, 64, 4, False), (16, 64, 4, False), (32, 128, 8, False), (8, 128, 4, False)]
+    if tokens == 1:
+        others += [{**rule, "FOUR": not rule["FOUR"]}]
+        tiles = [
+            (64, 64, 4, True), (64, 128, 4, False), (128, 64, 4, False), (32, 128, 4, True), (32, 64, 4, True),
+            (64, 128, 8, True), (32, 128, 4, False), (128, 32, 4, True),
+        ]  # fmt: skip
+    for block_j, block_d, warps, four in tiles:
+        block_j, block_d = min(block_j, power_of_2(width)), min(block_d, power_of_2(d))
+        splits = min(16, 4 * PROCESSORS // cdiv(d, block_d), heads * cdiv(width, block_j))
+        others.append(
+            {"BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": warps, "splits": max(1, splits), "FOUR": four}
+        )  # fmt: skip
+    return candidates(rule, others)
+
+
+def head_sum_key(hidden: Tensor, weight: Tensor, score: Tensor) -> str:
+    """Of a launch."""
+    tokens, heads = score.shape
+    return key_of(
+        "head_sum", hidden, tokens=tokens, heads=heads, n=weight.shape[0], d=weight.shape[1]
+    )
 
 
 def launch_head_sum(
     kernel, hidden: Tensor, weight: Tensor, score: Tensor, arrived: Tensor,
-    config: dict[str, int] | None = None,
+    config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_head_sum_kernel`, wrapped or not."""
     hidden, score = hidden.contiguous(), score.contiguous()
     check_rows(weight)
     (tokens, heads), d = score.shape, weight.shape[1]
     width = weight.shape[0] // heads
-    config = dict(config or head_sum_config(heads, width, d, tokens))
+    rule = head_sum_config(heads, width, d, tokens)
+    config = dict(config or config_for(head_sum_key(hidden, weight, score), rule))
     splits, blocks = config.pop("splits"), cdiv(d, config["BLOCK_D"])
     check_arrived(arrived, blocks)
     out = empty(tokens, d, like=hidden, dtype=torch.float32)

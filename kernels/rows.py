@@ -22,6 +22,7 @@ from ._triton import (
     wrap_triton,
 )
 from .activations import REFERENCE, activate
+from .tuning import Config, candidates, config_for, key_of
 
 # Above this share of selected units the CPU multiplies densely: a gather copies each row before it is
 # read, and on 2 cores gains nothing from about a third on. (facts: CPU numbers)
@@ -168,16 +169,56 @@ def _rows_kernel(
         unit = tl.load(index_ptr + slot, mask=slot < n, other=0)
 
 
-def row_blocks(d: int, tokens: int = 1) -> dict[str, int]:
+def row_blocks(d: int, tokens: int = 1) -> Config:
     """Few rows a program and long steps along them, so that no load waits alone. (H200, d 4096 to 9216)"""
     # Rows of odd length waste less of a shorter block; the sums of several tokens fill the registers.
     block_d = min(2048 if d % 2048 == 0 and tokens == 1 else 1024, power_of_2(d))
     return {"BLOCK_J": 2, "BLOCK_D": block_d, "num_warps": 4}
 
 
-def rows_config(n: int, d: int, tokens: int = 1) -> dict[str, int]:
+# Steps along a row are unrolled, for each token. More of them, or of longer rows more of a row in one thread than
+# `row_blocks` gives, take seconds to compile.
+MOST_STEPS = 64
+LONG_ROW = 12288
+
+
+def other_row_blocks(d: int, tokens: int = 1) -> list[Config]:
+    """Other tiles whose sums, one for each token, still fit into registers."""
+    tiles = [(2, 1024, 4), (1, 2048, 4), (1, 1024, 4), (4, 1024, 4), (4, 512, 4), (2, 4096, 8)]
+    if tokens > 1:
+        tiles = [(1, 1024, 4), (2, 512, 4), (4, 512, 4), (2, 1024, 8), (1, 2048, 8), (4, 256, 4)]
+    return [
+        {"BLOCK_J": j, "BLOCK_D": min(block_d, power_of_2(d)), "num_warps": warps}
+        for j, block_d, warps in tiles
+        if cdiv(d, block_d) * min(tokens, 4) <= MOST_STEPS and (d <= LONG_ROW or 2 * j <= warps)
+    ]
+
+
+def rows_config(n: int, d: int, tokens: int = 1) -> Config:
     """Sixteen programs a multiprocessor share the live slots: all that fit on it. (H100, d 4096, half of 14336)"""
     return {**row_blocks(d, tokens), "programs": min(cdiv(n, 2), 16 * PROCESSORS)}
+
+
+def rows_candidates(n: int, d: int, tokens: int = 1) -> list[Config]:
+    """`rows_config`, with half and twice as many programs, and in other tiles."""
+    rule = rows_config(n, d, tokens)
+    others = [
+        {**rule, "programs": min(cdiv(n, rule["BLOCK_J"]), share * PROCESSORS)}
+        for share in (8, 32)
+    ]
+    others += [
+        {**blocks, "programs": min(cdiv(n, blocks["BLOCK_J"]), 16 * PROCESSORS)}
+        for blocks in other_row_blocks(d, tokens)
+    ]
+    return candidates(rule, others)
+
+
+def rows_key(x: Tensor, weight: Tensor, up: Tensor | None, times: Tensor | None) -> str:
+    """Of a launch of either op."""
+    return key_of(
+        "rows", x, tokens=x.shape[0], n=weight.shape[0], d=x.shape[1],
+        glu=up is not None, times=times is not None,
+    )  # fmt: skip
 
 
 def check_rows(weight: Tensor) -> None:
@@ -192,7 +233,7 @@ def check_rows(weight: Tensor) -> None:
 def launch_rows(
     kernel, x: Tensor, weight: Tensor, bias: Tensor | None, selection: tuple[Tensor, Tensor],
     activation: str, up: Tensor | None = None, up_bias: Tensor | None = None, times: Tensor | None = None,
-    config: dict[str, int] | None = None,
+    config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_rows_kernel` (wrapped or not) for either op."""
     x = x.contiguous()
@@ -204,7 +245,7 @@ def launch_rows(
     up_bias = None if up_bias is None else up_bias.contiguous()
     times = None if times is None else times.contiguous()
     (tokens, d), n = x.shape, weight.shape[0]
-    config = dict(config or rows_config(n, d, tokens))
+    config = dict(config or config_for(rows_key(x, weight, up, times), rows_config(n, d, tokens)))
     grid = (config.pop("programs"),)
     out = empty(tokens, n, like=x)
     kernel[grid](

@@ -108,8 +108,10 @@ def _shape(source: Tensor, down: Tensor, up: Tensor) -> _Shape:
         # A block's digits are made once for all its rows: of nibbles, twice as many rows have the bytes of int8.
         per_word, block_rows = (8, 16) if is_packed(down) else (4, 8)
         block = min(2048 if width > 4096 else 1024, power_of_2(width)) // per_word
-        # Every program of the second launch adds the splits up: few of them.
-        chunk = per_word * block * cdiv(cdiv(width, per_word * block), 5)
+        # Every program of the second launch adds the splits up: no more than fill the chip twice.
+        blocks = cdiv(width, per_word * block)
+        splits = min(cdiv(2 * PROCESSORS, cdiv(rank, block_rows)), 5)
+        chunk = per_word * block * cdiv(blocks, splits)
         return _Shape(per_word, block_rows, block, chunk, cdiv(width, chunk))
     block = min(2048, power_of_2(width))
     splits = max(1, min(cdiv(4 * PROCESSORS, cdiv(rank, 2)), cdiv(width, 2048), 8))

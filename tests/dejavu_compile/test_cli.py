@@ -86,7 +86,7 @@ def mistaken(folder, tmp_path):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("bench MODEL --length 40", "the cache's length doesn't fit"),
+        ("bench MODEL --length 20", "the cache's length doesn't fit"),
         ("bench MODEL --artifact HERE/empty", "is not an artifact"),
         ("bench HERE/nowhere", "no model could be loaded from"),
         ("bench HERE/empty", "no model could be loaded from"),

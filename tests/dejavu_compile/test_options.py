@@ -82,7 +82,7 @@ def test_mode_and_options_both_reach_inductor_and_options_win():
     own, inductor = split_options(
         "max-autotune", {"dejavu.max_tokens": 2, "max_autotune": False, "trace.enabled": False}
     )
-    assert own == Options(max_tokens=2)
+    assert own == Options(max_tokens=2, autotune=True)
     assert inductor == {**from_mode, "max_autotune": False, "trace.enabled": False}
 
 

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernel_cases import sketch_inputs, sketch_oracle
+from launched import operations
 from strategies import kernel_cases
 
+from dejavu_compile import launches
 from dejavu_compile.kernels import (
     attention_reference,
     compact_reference,
@@ -579,3 +581,20 @@ def test_heads_in_any_shape(case, masked, softcap):
         masked,
         softcap,
     )
+
+
+# --- block sizes that a search may choose ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens", [1, 3], ids=["m1", "m3"])
+@pytest.mark.parametrize("name", operations(1))
+def test_every_candidate_computes_what_the_op_does(name, tokens):
+    (op, *args), (_, *expected_args) = operations(tokens, DEVICE)[name], operations(tokens)[name]
+    exact = op(*expected_args)  # on the CPU, by PyTorch or in C++
+    arguments, kernel = launches.arguments_of(op, args), launches.KERNELS[op]
+    exact = kernel.written(launches.arguments_of(op, expected_args), exact)
+    candidates = kernel.candidates(arguments)
+    assert len(candidates) > 3
+    for config in candidates:
+        got = kernel.written(arguments, kernel.launch(kernel.kernel, arguments, config))
+        assert_close(got.cpu(), exact, torch.float32, sums=1e-5)
