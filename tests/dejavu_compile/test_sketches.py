@@ -194,6 +194,17 @@ def test_a_decode_step_runs_what_masked_execution_keeps(sketched):
     assert mlps[0].bytes_sparse == pytest.approx(read, rel=1e-3)
 
 
+def test_auto_gives_each_sketch_a_density_within_the_budget():
+    model = tiny("llama", layers=3)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-4)
+    found = dv.calibrate(model, texts(4), max_ppl_increase=0.002, progress=False)
+    mlps = [site for site in found.sites if site.kind == "mlp"]
+    assert str(mlps[1].policy) == "sketch"
+    assert mlps[1].density < min(mlps[0].density, mlps[2].density)
+    assert found.quality.perplexity_increase_at_most <= 0.002
+
+
 def test_without_gradients_units_weigh_what_they_add(monkeypatch, caplog):
     def refuse(*_, **__):
         raise RuntimeError("derivative for aten::_int_mm is not implemented")
