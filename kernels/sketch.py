@@ -4,7 +4,8 @@
 
 G is the gate's projection in four bits a weight (`nibbles`), U the other in two (`pairs`), both in steps; a, b, c, d and
 f are one number a unit each. f is the mean square of what U misses: a unit of which nothing but its gate is known counts
-by that. One launch, which reads the same digits of x for both; `compact` lists what is above a threshold.
+by that. x is written in balanced base 256 (`digits_of`), for four products of bytes an instruction; one launch then reads
+both matrices, and `compact` lists what is above a threshold.
 """
 
 import torch
@@ -17,7 +18,7 @@ from ._triton import cdiv, empty, jit, power_of_2, tl, wait_for_previous, wrap_t
 from .activations import REFERENCE, activate
 from .nibbles import unpack
 from .pairs import MULTIPLE, unpack_pairs
-from .select_int8 import _dp4a, _every_fourth, _largest, _packed, _step, _whole_words
+from .select_int8 import _dp4a
 
 NUMBERS = 5  # a unit
 
@@ -35,57 +36,37 @@ def sketch_score_reference(
     return gated.abs() * (other.square() + f).sqrt()
 
 
-@jit
-def _largest_of(x_ptr, at, inside):
-    """The largest magnitude of elements 4 at .. 4 at + 3, and NaN or 0."""
-    x0, x1, x2, x3 = _every_fourth(x_ptr, at, inside)
-    return _largest(x0, x1, x2, x3), (x0 + x1 + x2 + x3) * 0.0
+def digits_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [m, d] as step * (d0 + 256 d1 + ...): int8 digits [m, 2 or 3, d], steps [m] fp32, sums of the integers [m] fp32.
 
-
-@jit
-def _products(low, high, pairs, x_ptr, at, inside, DIGITS: tl.constexpr, WORDS: tl.constexpr):
-    """G and U times the elements of x that belong to a block of words: two of [rows] fp32.
-
-    A word of U holds four columns of each quarter of a row; of G, word `at` holds those of the first and the third
-    quarter (`low`), word WORDS + at those of the other two (`high`).
+    13 bits below the largest element, of fp32 20. In torch's ops, which Inductor compiles into the norm before: made
+    anew by each program of the kernel, they would take it longer than the products. A step is NaN where any element is, or inf.
     """
-    quarter: tl.constexpr = 4 * WORDS
-    l0, f0 = _largest_of(x_ptr, at, inside)
-    l1, f1 = _largest_of(x_ptr + quarter, at, inside)
-    l2, f2 = _largest_of(x_ptr + 2 * quarter, at, inside)
-    l3, f3 = _largest_of(x_ptr + 3 * quarter, at, inside)
-    step = _step(tl.max(tl.maximum(tl.maximum(l0, l1), tl.maximum(l2, l3)), axis=0), DIGITS)
-    gate = tl.zeros([pairs.shape[0]], dtype=tl.float32)
-    up = tl.zeros([pairs.shape[0]], dtype=tl.float32)
-    sums = tl.zeros([pairs.shape[1]], dtype=tl.float32)
-    for part in tl.static_range(4):
-        codes = (pairs >> (2 * part)) & 0x03030303
-        # Moved to the upper half of each byte, nibbles are 16 times what they say, with their sign.
-        nibbles = low if part % 2 == 0 else high
-        nibbles = ((nibbles << 4) if part < 2 else nibbles) & -0x0F0F0F10
-        x0, x1, x2, x3 = _every_fourth(x_ptr + part * quarter, at, inside)
-        q0, q1, q2, q3 = _whole_words(x0, x1, x2, x3, 1.0 / step)
-        sums += (q0 + q1 + q2 + q3).to(tl.float32)
-        zero = tl.zeros_like(pairs)
-        weight = 1.0
-        for _ in tl.static_range(DIGITS):
-            word, q0, q1, q2, q3 = _packed(q0, q1, q2, q3)
-            gate += weight * tl.sum(_dp4a(nibbles, word[None, :], zero), axis=1).to(tl.float32)
-            up += weight * tl.sum(_dp4a(codes, word[None, :], zero), axis=1).to(tl.float32)
-            weight = weight * 256.0
-    # Two bits are 0 to 3, for -1.5 to 1.5. `max` passes NaN over, and no integer is one: 0, or NaN where any
-    # element isn't finite.
-    step += tl.sum(f0 + f1 + f2 + f3, axis=0)
-    return gate * (0.0625 * step), (up - 1.5 * tl.sum(sums, axis=0)) * step
+    count, bits = (3, 20) if x.dtype is torch.float32 else (2, 13)
+    x = x.float()
+    step = x.abs().amax(dim=1).clamp(min=1e-30) * 2.0**-bits
+    whole = (x / step[:, None]).round()
+    sums, rest, digits = whole.sum(dim=1), whole.to(torch.int32), []
+    for _ in range(count):
+        # Balanced: -128 to 127
+        digit = ((rest + 128) & 255) - 128
+        digits.append(digit)
+        rest = (rest - digit) >> 8
+    # Zeros times an infinite step are NaN, as they should be
+    return torch.stack(digits, dim=1).to(torch.int8), step, sums
 
 
 @jit
 def _sketch_kernel(
-    x_ptr, gate_ptr, up_ptr, numbers_ptr, score_ptr, n,
+    digits_ptr, step_ptr, sum_ptr, gate_ptr, up_ptr, numbers_ptr, score_ptr, n,
     TOKENS: tl.constexpr, DIGITS: tl.constexpr, WORDS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program for BLOCK_R units. All but a row's first words waits for the kernel before."""
+    """Grid: one program for BLOCK_R units. All but a row's first words waits for the kernel before.
+
+    A word of U holds four columns of each quarter of a row; of G, word `at` those of the first and the third quarter,
+    word WORDS + at those of the other two.
+    """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = row < n
     column = tl.arange(0, BLOCK_S)
@@ -104,9 +85,9 @@ def _sketch_kernel(
     wait_for_previous(EARLY)
     # Loops, not unrolled: tens of thousands of lines of assembly for several tokens of a wide model.
     for token in range(TOKENS):
-        source = x_ptr + token * (16 * WORDS)
+        x_ptr = digits_ptr.to(tl.pointer_type(tl.int32)) + token * (DIGITS * 4 * WORDS)
         gate, up = _products(
-            first_low, first_high, first_pairs, source, column, column < WORDS, DIGITS, WORDS
+            first_low, first_high, first_pairs, x_ptr, column, column < WORDS, DIGITS, WORDS
         )
         for start in range(BLOCK_S, WORDS, BLOCK_S):
             at = start + column
@@ -114,25 +95,63 @@ def _sketch_kernel(
             pairs = tl.load(pairs_ptr + at[None, :], mask=inside, other=0)
             low = tl.load(words_ptr + at[None, :], mask=inside, other=0)
             high = tl.load(words_ptr + WORDS + at[None, :], mask=inside, other=0)
-            more_gate, more_up = _products(low, high, pairs, source, at, at < WORDS, DIGITS, WORDS)
+            more_gate, more_up = _products(low, high, pairs, x_ptr, at, at < WORDS, DIGITS, WORDS)
             gate += more_gate
             up += more_up
-        other = up * c + d
-        score = tl.abs(activate(gate * a + b, ACTIVATION)) * tl.sqrt(other * other + f)
+        step = tl.load(step_ptr + token)
+        # Nibbles were taken 16 times; two bits are 0 to 3, for -1.5 to 1.5
+        known = gate * (0.0625 * step) * a + b
+        other = (up - 1.5 * tl.load(sum_ptr + token)) * step * c + d
+        score = tl.abs(activate(known, ACTIVATION)) * tl.sqrt(other * other + f)
         tl.store(score_ptr + token * n + row, score, mask=live)
 
 
+@jit
+def _products(low, high, pairs, x_ptr, at, inside, DIGITS: tl.constexpr, WORDS: tl.constexpr):
+    """16 times G, and the codes of U, times the digits of a block of words: two of [rows] fp32."""
+    # [rows, words]
+    gate = tl.zeros(pairs.shape, dtype=tl.float32)
+    up = tl.zeros(pairs.shape, dtype=tl.float32)
+    weight = 1.0
+    for digit in tl.static_range(DIGITS):
+        whole_gate = tl.zeros_like(pairs)
+        whole_up = tl.zeros_like(pairs)
+        for quarter in tl.static_range(4):
+            place = (digit * 4 + quarter) * WORDS + at
+            x = tl.load(x_ptr + place, mask=inside, other=0)[None, :]
+            # Moved to the upper half of each byte, nibbles are 16 times what they say, with their sign.
+            nibbles = low if quarter % 2 == 0 else high
+            nibbles = ((nibbles << 4) if quarter < 2 else nibbles) & -0x0F0F0F10
+            whole_gate = _dp4a(nibbles, x, whole_gate)
+            whole_up = _dp4a((pairs >> (2 * quarter)) & 0x03030303, x, whole_up)
+        gate += weight * whole_gate.to(tl.float32)
+        up += weight * whole_up.to(tl.float32)
+        weight = weight * 256.0
+    return tl.sum(gate, axis=1), tl.sum(up, axis=1)
+
+
+def sketch_config(words: int) -> dict[str, int]:
+    """As many rows a program as leave half of the registers free: what the compiler says, not measured yet.
+
+    A row of more than 256 words is read in a loop, which needs more of them.
+    """
+    rows = 8 if words <= 256 else 4
+    return {"BLOCK_R": rows, "BLOCK_S": min(256, power_of_2(words)), "num_warps": 4}
+
+
 def launch_sketch(
-    kernel, x: Tensor, gate: Tensor, up: Tensor, numbers: Tensor, activation: str
-) -> Tensor:
+    kernel, x: Tensor, gate: Tensor, up: Tensor, numbers: Tensor, activation: str,
+    config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
     """Launch `_sketch_kernel`, wrapped or not."""
-    x, gate, up, numbers = (t.contiguous() for t in (x, gate, up, numbers))
+    gate, up, numbers = (t.contiguous() for t in (gate, up, numbers))
+    digits, step, sums = digits_of(x)
     (tokens, d), n = x.shape, up.shape[0]
     score, words = empty(tokens, n, like=x, dtype=torch.float32), d // MULTIPLE
-    kernel[(cdiv(n, 16),)](
-        x, gate, up, numbers, score, n,
-        TOKENS=tokens, DIGITS=3 if x.dtype is torch.float32 else 2, WORDS=words, ACTIVATION=activation,
-        BLOCK_R=16, BLOCK_S=min(256, power_of_2(words)), EARLY=False, num_warps=4,
+    config = dict(config or sketch_config(words))
+    kernel[(cdiv(n, config["BLOCK_R"]),)](
+        digits, step, sums, gate, up, numbers, score, n,
+        TOKENS=tokens, DIGITS=digits.shape[1], WORDS=words, ACTIVATION=activation, EARLY=False, **config,
     )  # fmt: skip
     return score
 

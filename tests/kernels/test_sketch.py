@@ -14,6 +14,7 @@ from dejavu_compile.kernels import (
     unpack_pairs,
 )
 from dejavu_compile.kernels.nibbles import unpack
+from dejavu_compile.kernels.sketch import digits_of
 
 FORMS = pytest.mark.parametrize(
     "form", [sketch_score, sketch_score_reference], ids=["op", "reference"]
@@ -48,6 +49,29 @@ def test_what_does_not_fit_is_refused():
             pack_pairs(torch.tensor([[value] + [0] * 15]))
     with pytest.raises(ValueError, match="multiple of 16 columns: found 12"):
         pack_pairs(torch.zeros(3, 12))
+
+
+@given(
+    st.integers(1, 4), st.integers(1, 40), st.integers(0, 99), st.sampled_from([1e-3, 1.0, 1e4]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)  # fmt: skip
+def test_digits_are_x_in_base_256(m, d, seed, size, dtype):
+    x = (torch.randn(m, d, generator=torch.Generator().manual_seed(seed)) * size).to(dtype)
+    digits, step, sums = digits_of(x)
+    weights = 256.0 ** torch.arange(digits.shape[1])[:, None]
+    whole = (digits.double() * weights).sum(1)
+    below = 2.0**-20 if dtype is torch.float32 else 2.0**-13
+    assert (step <= below * x.float().abs().amax(1).clamp(min=1e-30) * 1.001).all()
+    assert ((whole * step[:, None] - x.double()).abs() <= 0.501 * step[:, None]).all()
+    assert torch.allclose(sums.double(), whole.sum(1), rtol=1e-5, atol=1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_is_never_finite_where_x_is_not(value):
+    x = torch.ones(2, 32)
+    x[1, 7] = value
+    _, step, _ = digits_of(x)
+    assert step.isfinite().tolist() == [True, False]
 
 
 @FORMS
