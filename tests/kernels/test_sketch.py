@@ -62,7 +62,8 @@ def test_digits_are_x_in_base_256(m, d, seed, size, dtype):
     whole = (digits.double() * weights).sum(1)
     below = 2.0**-20 if dtype is torch.float32 else 2.0**-13
     assert (step <= below * x.float().abs().amax(1).clamp(min=1e-30) * 1.001).all()
-    assert ((whole * step[:, None] - x.double()).abs() <= 0.501 * step[:, None]).all()
+    # Half a step, and what fp32 loses of 20 bits
+    assert ((whole * step[:, None] - x.double()).abs() <= 0.6 * step[:, None]).all()
     assert torch.allclose(sums.double(), whole.sum(1), rtol=1e-5, atol=1)
 
 
