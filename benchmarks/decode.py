@@ -86,10 +86,10 @@ def run(
             options["triton.cudagraphs"] = True
         dv.detach(model)
         kept = []
-        if variant == "gate":
+        if variant.startswith("gate"):
             heads = None
             kept += attach_gates(model, density, length, batch)
-        elif variant == "sketch":
+        elif variant.startswith("sketch"):
             heads = None
             kept += attach_random_sketches(model, density)
         elif variant != "lossless":
@@ -117,9 +117,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_gemv": {"dejavu.gemv": False},
     "no_pdl": {"dejavu.pdl": False},
     "auto": {},
+    "autotune": {"dejavu.autotune": True},
     "lossless": {},  # nothing attached
     "gate": {},  # MLPs by thresholds on their activated gates: Llama
+    "gate_autotune": {"dejavu.autotune": True},
     "sketch": {},  # MLPs by sketches of gate and up: Llama
+    "sketch_autotune": {"dejavu.autotune": True},
 }
 
 

@@ -6,7 +6,21 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
+
+// A product that is added is rounded once, in one instruction, where the processor has it; torch's flags forbid it.
+#ifdef __clang__
+#pragma clang fp contract(fast)
+#else
+#pragma GCC optimize("fp-contract=fast")
+#endif
+
+// By how much the bits of a nibble, among the last of 2^23, say too much, by its place. Not const: the compiler would
+// read a constant from memory at each use, where loads are what limits a predictor.
+extern "C" {
+float dejavu_nibble_offset[4] = {(1 << 23) + 8, (1 << 23) + (8 << 4), (1 << 23) + (8 << 8), (1 << 23) + (8 << 12)};
+}
 
 namespace {
 
@@ -72,15 +86,23 @@ inline float folded(Lanes<LANES, float> sum) {
   }
 }
 
+// Asks for COUNT elements, to be read soon: into the second cache, which has room for what waits.
+template <int COUNT, class W>
+void ask(const W* from) {
+  for (size_t at = 0; at < COUNT * sizeof(W); at += 64) __builtin_prefetch((const char*)from + at, 0, 2);
+}
+
 // y[r] = row[r] . x for ROWS rows at once. A core asks for more lines at a time along several rows than
-// along one: half as much bandwidth again.
+// along one: half as much bandwidth again. It asks for the rows `next` meanwhile: what the processor itself looks
+// ahead ends with the page, which may be the row.
 template <int ROWS, class W>
-void dots(const W* const* row, const float* x, int64_t d, float* y) {
+void dots(const W* const* row, const W* const* next, const float* x, int64_t d, float* y) {
   Floats sums[ROWS][2] = {};
   int64_t i = 0;
   for (; i + 32 <= d; i += 32) {
     Floats x0 = load(x + i), x1 = load(x + i + 16);
     for (int r = 0; r < ROWS; ++r) {
+      ask<32>(next[r] + i);
       sums[r][0] += load(row[r] + i) * x0;
       sums[r][1] += load(row[r] + i + 16) * x1;
     }
@@ -109,57 +131,54 @@ constexpr int64_t stored<Nibbles>(int64_t columns) {
   return columns / 8;
 }
 
-// Element `column` of the vector that `dots` multiplies a matrix of W with, where `dots` expects it. Widening bytes
+// The vector that `dots` multiplies a matrix of W with, `columns` of them, as `dots` expects it. Widening bytes
 // to words is most of the time that int8 takes. Of words of nibbles no byte is moved: elements that belong to the
 // same nibble of neighbouring words lie side by side, for as many words as `dots` takes at a time, and are scaled
 // down by what the nibble's place in its half of a word multiplies it with.
-template <class W>
-void put(float* x, int64_t column, int64_t columns, float value) {
-  x[column] = value;
-}
-
-template <>
-void put<Nibbles>(float* x, int64_t column, int64_t columns, float value) {
-  constexpr float scale[4] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f};
-  int64_t half = columns / 2, high = column >= half, byte = column - high * half, nibble = byte % 4 * 2 + high;
-  int64_t word = byte / 4, words = half / 4, begin = 0;
-  for (int64_t lanes : {16, 8, 4, 1}) {
-    int64_t end = begin + (words - begin) / lanes * lanes;
-    if (word < end) {
-      int64_t block = begin + (word - begin) / lanes * lanes;
-      x[8 * block + nibble * lanes + word - block] = value * scale[nibble % 4];
-      return;
-    }
-    begin = end;
+template <class W, class T>
+void spread(const T* from, int64_t columns, float* x) {
+  if constexpr (!std::is_same_v<W, Nibbles>) {
+    for (int64_t column = 0; column < columns; ++column) x[column] = float(from[column]);
+  } else {
+    constexpr float scale[4] = {1, 0x1p-4f, 0x1p-8f, 0x1p-12f};
+    int64_t word = 0, words = columns / 8;
+    for (int64_t lanes : {16, 8, 4, 1})
+      for (; word + lanes <= words; word += lanes)
+        for (int64_t nibble = 0; nibble < 8; ++nibble)
+          for (int64_t lane = 0; lane < lanes; ++lane)
+            *x++ = scale[nibble % 4] * float(from[nibble % 2 * 4 * words + (word + lane) * 4 + nibble / 2]);
   }
 }
 
 // Adds the words from `at` on, LANES at a time, to the first lanes of `totals`; returns where it stopped.
 template <int LANES, int ROWS>
-int64_t add_words(const Nibbles* const* row, const float* x, int64_t at, int64_t words, Floats* totals) {
+int64_t add_words(const Nibbles* const* row, const Nibbles* const* next, const float* x, int64_t at, int64_t words,
+                  Floats* totals) {
   if (at + LANES > words) return at;
   Lanes<LANES, float> sums[ROWS];
   for (int r = 0; r < ROWS; ++r) std::memcpy(&sums[r], &totals[r], sizeof sums[r]);
   for (; at + LANES <= words; at += LANES) {
-    Lanes<LANES, int32_t> word[ROWS][2];
+    Lanes<LANES, int32_t> word[ROWS];
     for (int r = 0; r < ROWS; ++r) {
-      std::memcpy(&word[r][0], row[r] + at, sizeof word[r][0]);
+      std::memcpy(&word[r], row[r] + at, sizeof word[r]);
+      if constexpr (LANES == 16) ask<LANES>(next[r] + at);
       // With its sign bit flipped, a nibble of two's complement is 8 more than it says.
-      word[r][0] ^= int32_t(0x88888888);
-      word[r][1] = word[r][0] >> 16;
+      word[r] ^= int32_t(0x88888888);
     }
-#pragma GCC unroll 8
-    for (int nibble = 0; nibble < 8; ++nibble) {
-      const int shift = nibble % 4 * 4;
-      Lanes<LANES, float> factor;
-      std::memcpy(&factor, x + 8 * at + nibble * LANES, sizeof factor);
-      for (int r = 0; r < ROWS; ++r) {
-        // As the last bits of 2^23: nothing is shifted or converted.
-        Lanes<LANES, int32_t> bits = (word[r][nibble / 4] & (15 << shift)) | 0x4b000000;
-        Lanes<LANES, float> value;
-        std::memcpy(&value, &bits, sizeof value);
-        sums[r] += (value - float((1 << 23) + (8 << shift))) * factor;
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 4
+      for (int nibble = 0; nibble < 4; ++nibble) {
+        Lanes<LANES, float> factor;
+        std::memcpy(&factor, x + 8 * at + (4 * half + nibble) * LANES, sizeof factor);
+        for (int r = 0; r < ROWS; ++r) {
+          // As the last bits of 2^23: nothing is shifted or converted.
+          Lanes<LANES, int32_t> bits = (word[r] & (15 << 4 * nibble)) | 0x4b000000;
+          Lanes<LANES, float> value;
+          std::memcpy(&value, &bits, sizeof value);
+          sums[r] += (value - dejavu_nibble_offset[nibble]) * factor;
+        }
       }
+      for (int r = 0; r < ROWS; ++r) word[r] >>= 16;
     }
   }
   for (int r = 0; r < ROWS; ++r) std::memcpy(&totals[r], &sums[r], sizeof sums[r]);
@@ -167,20 +186,20 @@ int64_t add_words(const Nibbles* const* row, const float* x, int64_t at, int64_t
 }
 
 template <int ROWS>
-void dots(const Nibbles* const* row, const float* x, int64_t d, float* y) {
+void dots(const Nibbles* const* row, const Nibbles* const* next, const float* x, int64_t d, float* y) {
   Floats totals[ROWS] = {};
-  int64_t words = d / 8, at = add_words<16, ROWS>(row, x, 0, words, totals);
-  at = add_words<8, ROWS>(row, x, at, words, totals);
-  at = add_words<4, ROWS>(row, x, at, words, totals);
-  add_words<1, ROWS>(row, x, at, words, totals);
+  int64_t words = d / 8, at = add_words<16, ROWS>(row, next, x, 0, words, totals);
+  at = add_words<8, ROWS>(row, next, x, at, words, totals);
+  at = add_words<4, ROWS>(row, next, x, at, words, totals);
+  add_words<1, ROWS>(row, next, x, at, words, totals);
   for (int r = 0; r < ROWS; ++r) y[r] = folded<16>(totals[r]);
 }
 
 // The same for `count` <= 4 rows.
 template <class W>
-void some_dots(const W* const* row, int64_t count, const float* x, int64_t d, float* y) {
-  if (count == 4) return dots<4>(row, x, d, y);
-  for (int64_t r = 0; r < count; ++r) dots<1>(row + r, x, d, y + r);
+void some_dots(const W* const* row, const W* const* next, int64_t count, const float* x, int64_t d, float* y) {
+  if (count == 4) return dots<4>(row, next, x, d, y);
+  for (int64_t r = 0; r < count; ++r) dots<1>(row + r, next + r, x, d, y + r);
 }
 
 enum Activation { IDENTITY, RELU, RELU2, SILU, GELU, GELU_TANH };
@@ -214,16 +233,20 @@ void rows(const T* x, const T* weight, const T* bias, const T* up, const T* up_b
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t first = 0; first < slots; first += 4) {
     int64_t count = slots - first < 4 ? slots - first : 4, unit[4];
-    const T *row[4], *up_row[4];
+    const T *row[4], *up_row[4], *next[4], *next_up[4];
     for (int64_t r = 0; r < count; ++r) {
+      int64_t later = first + 4 + r < slots ? first + 4 + r : slots - 1;
       unit[r] = index ? index[first + r] : first + r;
+      later = index ? index[later] : later;
       row[r] = weight + unit[r] * stride;
       up_row[r] = up + unit[r] * up_stride;
+      next[r] = weight + later * stride;
+      next_up[r] = up + later * up_stride;
     }
     for (int64_t t = 0; t < tokens; ++t) {
       float y[4], u[4];
-      some_dots(row, count, wide.data() + t * d, d, y);
-      if (up) some_dots(up_row, count, wide.data() + t * d, d, u);
+      some_dots(row, next, count, wide.data() + t * d, d, y);
+      if (up) some_dots(up_row, next_up, count, wide.data() + t * d, d, u);
       for (int64_t r = 0; r < count; ++r) {
         float value = activate(y[r] + (bias ? float(bias[unit[r]]) : 0), activation);
         if (up) value *= u[r] + (up_bias ? float(up_bias[unit[r]]) : 0);
@@ -231,6 +254,31 @@ void rows(const T* x, const T* weight, const T* bias, const T* up, const T* up_b
       }
     }
   }
+}
+
+// y[c] += sum over r of factor[r] * row[r][c], for the columns from `begin` to `end` of ROWS rows: of four at once
+// the sums are loaded and stored a quarter as often. Asks for the rows `next` meanwhile.
+template <int ROWS, class T>
+void add_rows(const T* const* row, const T* const* next, const float* factor, int64_t begin, int64_t end, float* y) {
+  int64_t c = begin;
+  for (; c + 32 <= end; c += 32) {
+    Floats low = load(y + c), high = load(y + c + 16);
+    for (int r = 0; r < ROWS; ++r) {
+      ask<32>(next[r] + c);
+      low += factor[r] * load(row[r] + c);
+      high += factor[r] * load(row[r] + c + 16);
+    }
+    std::memcpy(y + c, &low, sizeof low);
+    std::memcpy(y + c + 16, &high, sizeof high);
+  }
+  if (c + 16 <= end) {
+    Floats total = load(y + c);
+    for (int r = 0; r < ROWS; ++r) total += factor[r] * load(row[r] + c);
+    std::memcpy(y + c, &total, sizeof total);
+    c += 16;
+  }
+  for (; c < end; ++c)
+    for (int r = 0; r < ROWS; ++r) y[c] += factor[r] * float(row[r][c]);
 }
 
 // Each thread owns some columns, and adds up all rows: no reduction, the same bits for any thread count.
@@ -250,23 +298,20 @@ void sum(const T* hidden, const T* weight, const int32_t* index, float* out, int
       auto factor = [&](int64_t slot) { return float(h[compacted ? slot : index[slot]]); };
       auto row = [&](int64_t slot) { return weight + int64_t(index[slot]) * stride; };
       int64_t slot = 0;
-      // Four rows at once: the sums are loaded and stored a quarter as often.
+      const T *w[4], *next[4];
+      float factors[4];
       for (; slot + 4 <= slots; slot += 4) {
-        const T *w0 = row(slot), *w1 = row(slot + 1), *w2 = row(slot + 2), *w3 = row(slot + 3);
-        float h0 = factor(slot), h1 = factor(slot + 1), h2 = factor(slot + 2), h3 = factor(slot + 3);
-        int64_t c = begin;
-        for (; c + 16 <= end; c += 16) {
-          Floats total = load(y + c) + (h0 * load(w0 + c) + h1 * load(w1 + c)) +
-                         (h2 * load(w2 + c) + h3 * load(w3 + c));
-          std::memcpy(y + c, &total, sizeof total);
+        for (int64_t r = 0; r < 4; ++r) {
+          w[r] = row(slot + r);
+          next[r] = row(slot + 4 + r < slots ? slot + 4 + r : slots - 1);
+          factors[r] = factor(slot + r);
         }
-        for (; c < end; ++c)
-          y[c] += (h0 * float(w0[c]) + h1 * float(w1[c])) + (h2 * float(w2[c]) + h3 * float(w3[c]));
+        add_rows<4>(w, next, factors, begin, end, y);
       }
       for (; slot < slots; ++slot) {
-        const T* w = row(slot);
-        float h0 = factor(slot);
-        for (int64_t c = begin; c < end; ++c) y[c] += h0 * float(w[c]);
+        w[0] = row(slot);
+        factors[0] = factor(slot);
+        add_rows<1>(w, w, factors, begin, end, y);
       }
     }
   }
@@ -348,31 +393,33 @@ template <class T, class W>
 void select(const T* source, const W* down, const W* up, const float* bias, int32_t* index, int32_t* count,
             int64_t tokens, int64_t width, int64_t rank, int64_t n, int threads) {
   std::vector<float> wide(tokens * width), inner(tokens * rank);
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t column = 0; column < width; ++column)
-      put<W>(wide.data() + t * width, column, width, float(source[t * width + column]));
+  for (int64_t t = 0; t < tokens; ++t) spread<W>(source + t * width, width, wide.data() + t * width);
   std::vector<uint8_t> keep(n);
+  auto rows_at = [](const W* matrix, int64_t first, int64_t columns, const W** row) {
+    for (int64_t r = 0; r < 4; ++r) row[r] = matrix + (first + r) * stored<W>(columns);
+  };
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < rank; first += 4) {
-      int64_t some = rank - first < 4 ? rank - first : 4;
-      const W* row[4];
-      for (int64_t r = 0; r < 4; ++r) row[r] = down + (first + r) * stored<W>(width);
-      for (int64_t t = 0; t < tokens; ++t) {
-        float y[4];
-        some_dots(row, some, wide.data() + t * width, width, y);
-        for (int64_t r = 0; r < some; ++r) put<W>(inner.data() + t * rank, first + r, rank, y[r]);
-      }
+      const W *row[4], *next[4];
+      rows_at(down, first, width, row);
+      rows_at(down, first + 4, width, next);
+      for (int64_t t = 0; t < tokens; ++t)
+        some_dots(row, next, rank - first < 4 ? rank - first : 4, wide.data() + t * width, width,
+                  inner.data() + t * rank + first);
     }
+    std::vector<float> middle(tokens * rank);
+    for (int64_t t = 0; t < tokens; ++t) spread<W>(inner.data() + t * rank, rank, middle.data() + t * rank);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < n; first += 4) {
       int64_t some = n - first < 4 ? n - first : 4;
-      const W* row[4];
-      for (int64_t r = 0; r < 4; ++r) row[r] = up + (first + r) * stored<W>(rank);
+      const W *row[4], *next[4];
+      rows_at(up, first, rank, row);
+      rows_at(up, first + 4, rank, next);
       for (int64_t t = 0; t < tokens; ++t) {
         float score[4];
-        some_dots(row, some, inner.data() + t * rank, rank, score);
+        some_dots(row, next, some, middle.data() + t * rank, rank, score);
         for (int64_t r = 0; r < some; ++r)
           // "not below", so that NaN is kept
           keep[first + r] |= !(score[r] + bias[first + r] <= 0);
@@ -392,62 +439,96 @@ void compact(const T* values, float threshold, const float* scale, int32_t* inde
   *count = listed(keep, index);
 }
 
+// e^x for x <= 0: 2^n times a polynomial, as accurate as floats are. Below -86 it is e^-86, nothing beside 1.
+Floats exponential(Floats x) {
+  x = x < -86.0f ? Floats{} - 86.0f : x;
+  // The last bits of `shifted` are n, the integer nearest to x / ln 2.
+  Floats shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  Floats rest = x - n * 0.693145752f - n * 1.42860677e-6f;
+  Floats y = rest * 1.38888889e-3f + 8.33333333e-3f;
+  y = y * rest + 4.16666667e-2f;
+  y = y * rest + 0.166666667f;
+  y = y * rest + 0.5f;
+  y = y * rest + 1.0f;
+  y = y * rest + 1.0f;
+  Sixteen<int32_t> bits, exponent;
+  std::memcpy(&bits, &y, sizeof bits);
+  std::memcpy(&exponent, &shifted, sizeof exponent);
+  bits += exponent << 23;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
 // One query per head. A slot that the mask rules out is not read; a head without any slot gives 0, and so
 // does one that isn't `chosen`, of which nothing is read.
 template <class T>
 void attention(const T* q, const T* k, const T* v, const float* added, const bool* kept,
                const bool* chosen, T* out, int64_t batch, int64_t heads, int64_t kv_heads, int64_t slots,
                int64_t d, int64_t d_out, const int64_t* strides, float scale, float softcap, int threads) {
+  constexpr int64_t AHEAD = 32;  // slots whose keys are asked for, a few KB
   const int64_t *q_at = strides, *k_at = strides + 2, *v_at = strides + 5, *mask_at = strides + 8;
-  // Chosen heads lie anywhere: they are dealt out one by one.
-#pragma omp parallel for num_threads(threads) schedule(dynamic) collapse(2)
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t head = 0; head < heads; ++head) {
-      T* y = out + (b * heads + head) * d_out;
-      if (chosen && !chosen[b * heads + head]) {
-        for (int64_t c = 0; c < d_out; ++c) y[c] = T(0.0f);
-        continue;
-      }
-      int64_t group = head * kv_heads / heads, mask = b * mask_at[0] + head * mask_at[1];
-      auto query = widened(q + b * q_at[0] + head * q_at[1], d);
-      for (auto& element : query) element *= scale;
-      std::vector<float> score(slots);
-      std::vector<int64_t> live;
-      live.reserve(slots);
-      for (int64_t slot = 0; slot < slots; ++slot) {
-        int64_t at = mask + slot * mask_at[2];
-        score[slot] = kept ? (kept[at] ? 0 : -INFINITY) : added ? added[at] : 0;
-        if (score[slot] != -INFINITY) live.push_back(slot);
-      }
-      float largest = -INFINITY;
-      int64_t held = int64_t(live.size());
-      for (int64_t first = 0; first < held; first += 4) {
-        int64_t some = held - first < 4 ? held - first : 4;
-        const T* row[4];
-        float y[4];
-        for (int64_t r = 0; r < some; ++r) row[r] = k + b * k_at[0] + group * k_at[1] + live[first + r] * k_at[2];
-        some_dots(row, some, query.data(), d, y);
-        for (int64_t r = 0; r < some; ++r) {
-          float total = score[live[first + r]] += softcap ? softcap * std::tanh(y[r]) : y[r];
-          // "not below", so that NaN is kept
-          if (!(total <= largest)) largest = total;
-        }
-      }
-      std::vector<float> sum(d_out);
-      float total = 0;
-      for (int64_t slot : live) {
-        float weight = std::exp(score[slot] - largest);
-        total += weight;
-        const T* row = v + b * v_at[0] + group * v_at[1] + slot * v_at[2];
-        int64_t c = 0;
-        for (; c + 16 <= d_out; c += 16) {
-          Floats next = load(sum.data() + c) + weight * load(row + c);
-          std::memcpy(sum.data() + c, &next, sizeof next);
-        }
-        for (; c < d_out; ++c) sum[c] += weight * float(row[c]);
-      }
-      for (int64_t c = 0; c < d_out; ++c) y[c] = T(total == 0 ? 0 : sum[c] / total);
+  // Chosen heads lie anywhere: threads share them, not all heads.
+  std::vector<int64_t> running;
+  for (int64_t at = 0; at < batch * heads; ++at) {
+    if (!chosen || chosen[at])
+      running.push_back(at);
+    else
+      for (int64_t c = 0; c < d_out; ++c) out[at * d_out + c] = T(0.0f);
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (size_t i = 0; i < running.size(); ++i) {
+    int64_t b = running[i] / heads, head = running[i] % heads, group = head * kv_heads / heads;
+    const T *keys = k + b * k_at[0] + group * k_at[1], *values = v + b * v_at[0] + group * v_at[1];
+    const int64_t mask = b * mask_at[0] + head * mask_at[1];
+    auto query = widened(q + b * q_at[0] + head * q_at[1], d);
+    for (auto& element : query) element *= scale;
+    std::vector<int64_t> live;
+    live.reserve(slots);
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      int64_t at = mask + slot * mask_at[2];
+      if (kept ? kept[at] : !added || added[at] != -INFINITY) live.push_back(slot);
     }
+    int64_t held = int64_t(live.size());
+    // Scores, then weights; those past the last slot, up to a whole vector, weigh nothing.
+    std::vector<float> weight((held + 15) / 16 * 16), sum(d_out);
+    float largest = -INFINITY, total = 0;
+    for (int64_t first = 0; first < held; first += 4) {
+      int64_t some = held - first < 4 ? held - first : 4;
+      const T *row[4], *next[4];
+      float y[4];
+      for (int64_t r = 0; r < some; ++r) {
+        row[r] = keys + live[first + r] * k_at[2];
+        next[r] = keys + live[first + AHEAD + r < held ? first + AHEAD + r : held - 1] * k_at[2];
+      }
+      some_dots(row, next, some, query.data(), d, y);
+      for (int64_t r = 0; r < some; ++r) {
+        float score = softcap ? softcap * std::tanh(y[r]) : y[r];
+        if (added) score += added[mask + live[first + r] * mask_at[2]];
+        weight[first + r] = score;
+        // "not below", so that NaN is kept
+        if (!(score <= largest)) largest = score;
+      }
+    }
+    for (int64_t first = 0; first < held; first += 16) {
+      Floats some = exponential(load(weight.data() + first) - largest);
+      std::memcpy(weight.data() + first, &some, sizeof some);
+    }
+    for (int64_t at = 0; at < held; ++at) total += weight[at];
+    int64_t at = 0;
+    for (; at + 4 <= held; at += 4) {
+      const T *row[4], *next[4];
+      for (int64_t r = 0; r < 4; ++r) {
+        row[r] = values + live[at + r] * v_at[2];
+        next[r] = values + live[at + AHEAD + r < held ? at + AHEAD + r : held - 1] * v_at[2];
+      }
+      add_rows<4>(row, next, weight.data() + at, 0, d_out, sum.data());
+    }
+    for (; at < held; ++at) {
+      const T* row = values + live[at] * v_at[2];
+      add_rows<1>(&row, &row, weight.data() + at, 0, d_out, sum.data());
+    }
+    for (int64_t c = 0; c < d_out; ++c) out[running[i] * d_out + c] = T(total == 0 ? 0 : sum[c] / total);
+  }
 }
 
 }  // namespace

@@ -19,6 +19,7 @@ from .activations import REFERENCE, activate
 from .nibbles import unpack
 from .pairs import MULTIPLE, unpack_pairs
 from .select_int8 import _dp4a
+from .tuning import Config, candidates, config_for, key_of
 
 NUMBERS = 5  # a unit
 
@@ -44,8 +45,8 @@ def digits_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     count, bits = (3, 20) if x.dtype is torch.float32 else (2, 13)
     x = x.float()
-    step = x.abs().amax(dim=1).clamp(min=1e-30) * 2.0**-bits
-    whole = (x / step[:, None]).round()
+    step = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) * 2.0**-bits
+    whole = (x / step).round()
     sums, rest, digits = whole.sum(dim=1), whole.to(torch.int32), []
     for _ in range(count):
         # Balanced: -128 to 127
@@ -53,7 +54,7 @@ def digits_of(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         digits.append(digit)
         rest = (rest - digit) >> 8
     # Zeros times an infinite step are NaN, as they should be
-    return torch.stack(digits, dim=1).to(torch.int8), step, sums
+    return torch.stack(digits, dim=1).to(torch.int8), step.squeeze(1), sums
 
 
 @jit
@@ -130,7 +131,7 @@ def _products(low, high, pairs, x_ptr, at, inside, DIGITS: tl.constexpr, WORDS: 
     return tl.sum(gate, axis=1), tl.sum(up, axis=1)
 
 
-def sketch_config(words: int) -> dict[str, int]:
+def sketch_config(words: int) -> Config:
     """As many rows a program as leave half of the registers free: what the compiler says, not measured yet.
 
     A row of more than 256 words is read in a loop, which needs more of them.
@@ -139,16 +140,33 @@ def sketch_config(words: int) -> dict[str, int]:
     return {"BLOCK_R": rows, "BLOCK_S": min(256, power_of_2(words)), "num_warps": 4}
 
 
+def sketch_candidates(words: int) -> list[Config]:
+    """`sketch_config`, and other rows a program, words at a time and warps."""
+    rule = sketch_config(words)
+    others = [
+        {"BLOCK_R": rows, "BLOCK_S": min(block, power_of_2(words)), "num_warps": warps}
+        for rows, block, warps in (
+            (4, 256, 4), (8, 128, 4), (16, 256, 8), (16, 128, 4), (4, 256, 2), (8, 256, 8), (2, 256, 2),
+        )
+    ]  # fmt: skip
+    return candidates(rule, others)
+
+
+def sketch_key(x: Tensor, up: Tensor) -> str:
+    """Of a launch."""
+    return key_of("sketch", x, tokens=x.shape[0], n=up.shape[0], d=x.shape[1])
+
+
 def launch_sketch(
     kernel, x: Tensor, gate: Tensor, up: Tensor, numbers: Tensor, activation: str,
-    config: dict[str, int] | None = None,
+    config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_sketch_kernel`, wrapped or not."""
     gate, up, numbers = (t.contiguous() for t in (gate, up, numbers))
     digits, step, sums = digits_of(x)
     (tokens, d), n = x.shape, up.shape[0]
     score, words = empty(tokens, n, like=x, dtype=torch.float32), d // MULTIPLE
-    config = dict(config or sketch_config(words))
+    config = dict(config or config_for(sketch_key(x, up), sketch_config(words)))
     kernel[(cdiv(n, config["BLOCK_R"]),)](
         digits, step, sums, gate, up, numbers, score, n,
         TOKENS=tokens, DIGITS=digits.shape[1], WORDS=words, ACTIVATION=activation, EARLY=False, **config,

@@ -147,3 +147,25 @@ def test_compiler_that_fails_is_told_of_once(monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         assert cpu.function("rows", torch.float32) is None
     assert "no compiler here" in caplog.text
+
+
+@pytest.mark.parametrize("slots", [1, 15, 19, 65])
+def test_attention_weights_are_a_softmax_to_the_last_bits(slots):
+    """Values of ones and zeros give the weights themselves; scores reach from 0 to -300."""
+    q = torch.ones(1, 1, 1, 1)
+    k = -(torch.rand(1, 1, slots, 1) * 18).square()
+    k[..., slots // 2, :] = 0
+    v = torch.eye(slots)[None, None]
+    y = kernels.decode_attention(q, k, v, None, 1.0, 0.0, None, ARRIVED)
+    exact = k.double().flatten().softmax(0)
+    seen = exact > 1e-36
+    assert ((y.flatten().double() - exact).abs() / exact)[seen].max() < 1e-6
+    assert (y.flatten()[~seen] < 1e-35).all()
+
+
+def test_attention_keeps_nan_visible():
+    q, k, v = torch.ones(1, 2, 1, 8), torch.zeros(1, 2, 20, 8), torch.ones(1, 2, 20, 8)
+    k[0, 0, 7, 3] = float("nan")
+    y = kernels.decode_attention(q, k, v, None, 1.0, 0.0, None, ARRIVED)
+    assert y[0, 0].isnan().all()
+    assert torch.equal(y[0, 1], torch.ones(1, 8))

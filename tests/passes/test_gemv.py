@@ -61,9 +61,26 @@ def test_small_weights_on_a_cpu_are_left_alone(monkeypatch):
     assert models.listing(recorder.gm) == recorder.before
 
 
-def test_columns_that_lie_together_are_left_alone():
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_columns_that_lie_together_are_summed(bias, dtype):
     """An output projection whose strides were changed is no row-wise weight any more."""
-    model = Projections((True,))
+    model, x = Projections((bias,)).to(dtype), models.tokens(count=1, width=32).to(dtype)
+    model.out = nn.Linear(24, 32, bias=bias, dtype=dtype)
     model.out.weight.data = model.out.weight.data.T.contiguous().T
-    _, _, result = run(model, models.tokens(count=1, width=32))
-    assert result.count == 1
+    got, recorder, result = run(model, x)
+    assert (result.count, result.launches) == (2, 2)
+    assert "aten.linear" not in recorder.targets
+    assert "dejavu.gathered_sum_cpu" in recorder.targets
+    exact = model.double()(x.double())
+    assert got.dtype is dtype
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=torch.finfo(dtype).eps * 4)
+
+
+def test_small_columns_are_left_alone(monkeypatch):
+    monkeypatch.setattr(gemv, "CPU_FROM", 1 << 20)
+    model, x = Projections((True,)), models.tokens(count=1, width=32)
+    model.out.weight.data = model.out.weight.data.T.contiguous().T
+    _, recorder, result = run(model, x)
+    assert result.count == 0
+    assert models.listing(recorder.gm) == recorder.before
