@@ -93,7 +93,7 @@ def test_where_nothing_is_known_of_the_other_factor_the_gate_counts(form):
     x, gate, up, numbers = sketch_inputs(20, 32, 2)
     numbers[2:4], numbers[4] = 0, 4.0
     known = F.silu(F.linear(x, unpack(gate).float()) * numbers[0] + numbers[1])
-    assert torch.allclose(form(x, gate, up, numbers, "silu"), 2 * known.abs(), atol=1e-5)
+    assert torch.allclose(form(x, gate, up, numbers, "silu"), 2 * known.abs(), atol=1e-4)
 
 
 @FORMS
