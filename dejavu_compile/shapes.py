@@ -144,11 +144,15 @@ def mlps(model: nn.Module) -> list[Part]:
             Part((layer.fc1.weight,), layer.fc2.weight, layer.fc2.in_features)
             for layer in inner.decoder.layers
         ]
-    return [
-        Part((m.gate_proj.weight, m.up_proj.weight), m.down_proj.weight, m.down_proj.in_features,
-             None if getattr(m, "activation_sparsity", 0.0) else m.act_fn)
-        for m in (layer.mlp for layer in inner.layers)
-    ]  # fmt: skip
+    return [_mlp(layer.mlp) for layer in inner.layers]
+
+
+def _mlp(m: nn.Module) -> Part:
+    """Gated, or with one projection into its units (Nemotron)."""
+    gate = getattr(m, "gate_proj", None)
+    into = (m.up_proj.weight,) if gate is None else (gate.weight, m.up_proj.weight)
+    gated = gate is not None and not getattr(m, "activation_sparsity", 0.0)
+    return Part(into, m.down_proj.weight, m.down_proj.in_features, m.act_fn if gated else None)
 
 
 def attentions(model: nn.Module) -> list[Part]:

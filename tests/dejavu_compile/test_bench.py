@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import tiny
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, LlamaConfig
 
 from dejavu_compile import bench, decode_step, detach, random_selections, shapes
@@ -211,3 +212,13 @@ def test_a_cache_longer_than_a_sliding_window_is_refused(monkeypatch):
     model = shapes.build("gemma", "cpu", torch.float32, context=LENGTH)
     with pytest.raises(OptionError, match="longer than this model's sliding window"):
         decode_step.DecodeStep(model, model.forward, 2 * LENGTH)
+
+
+@pytest.mark.parametrize(("name", "into"), [("opt", 1), ("nemotron", 1), ("llama", 2)])
+def test_the_parts_of_an_mlp(name, into):
+    model = tiny(name)
+    parts = shapes.mlps(model)
+    assert len(parts) == model.config.num_hidden_layers
+    for part in parts:
+        assert [tuple(w.shape) for w in part.into] == [(part.units, part.out.shape[0])] * into
+        assert (part.act is not None) == (into == 2)
