@@ -9,7 +9,8 @@ sequence. A time counts only after the same step's logits matched an oracle, the
 zeroed: in fp32 where that fits on the GPU beside the model, and then a row may be off by half more than the eager
 model is in its own dtype, or by the tolerance. Static cache, full; the KV length is the cache's. Bytes are weights and
 cache read, predictors included; the floor is those bytes at the device's copy bandwidth. Variant `lossless` has nothing
-attached, `mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of predictors.
+attached, `mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of
+predictors, `sketch` by sketches of their projections.
 
 `--breakdown` reads off the compiled graph what the step must read, and on CUDA sets each kernel of a profile against it.
 `own us`: by which a kernel moved the end of what ran before it; these and the gaps add up to the step. `above`: its own
@@ -32,6 +33,7 @@ from dejavu_compile.random_selections import (
     attach_gates,
     attach_per_sequence,
     attach_random_predictors,
+    attach_random_sketches,
 )
 from dejavu_compile.shapes import SHAPES, build, cache_bytes, in_float32, weight_bytes
 
@@ -87,6 +89,9 @@ def run(
         if variant.startswith("gate"):
             heads = None
             kept += attach_gates(model, density, length, batch)
+        elif variant.startswith("sketch"):
+            heads = None
+            kept += attach_random_sketches(model, density)
         elif variant != "lossless":
             heads = None if variant == "mlps" else heads
             kept += attach_random_predictors(model, density, heads if batch == 1 else None)
@@ -116,6 +121,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lossless": {},  # nothing attached
     "gate": {},  # MLPs by thresholds on their activated gates: Llama
     "gate_autotune": {"dejavu.autotune": True},
+    "sketch": {},  # MLPs by sketches of gate and up: Llama
+    "sketch_autotune": {"dejavu.autotune": True},
 }
 
 

@@ -70,8 +70,8 @@ def _options(
 
 def _bytes(recording: Recording, record: SiteRecord, density: float) -> float:
     """What the site reads a step of one token; dense where that is less, as it would run."""
-    predictor = predictor_weights(record, recording.weight)
-    cost = cost_of(recording.site, recording.site.gate, predictor.num_bytes if predictor else 0)
+    selector = predictor_weights(record, recording.weight) or record.sketch
+    cost = cost_of(recording.site, recording.site.gate, selector.num_bytes if selector else 0)
     return min(cost.bytes(record.policy, density), cost.bytes(Policy.DENSE, 1.0))
 
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dejavu_compile.passes.site import Policy, PredictorWeights, SiteKind
+from dejavu_compile.kernels.activations import REFERENCE
+from dejavu_compile.passes.site import Policy, PredictorWeights, SiteKind, SketchWeights
 
 from . import attachments
 from .attachments import Attachment, fingerprint
@@ -26,14 +27,19 @@ from .batches import check_model
 from .errors import ArtifactError, ArtifactMismatchError
 from .evaluate import Evaluation
 from .predictors import Predictor, SiteMetrics, ThresholdCurve
+from .sketches import PARTS, Sketch
 from .workdir import replacing
 
 FORMAT_VERSION = 4
-# 2 had neither sensitivities of gates nor predictors of MLPs in int4, 3 no predictors in int4.
+# 2 had neither sensitivities of gates nor predictors of MLPs in int4, 3 no predictors in int4; neither had sketches.
 READABLE = (2, 3, 4)
 CONFIG = "dejavu_config.json"
 TENSORS = "predictors.safetensors"
-THRESHOLDED = (Policy.PREDICT, Policy.GATE)  # units run by a threshold, which sets the density
+THRESHOLDED = (
+    Policy.PREDICT,
+    Policy.GATE,
+    Policy.SKETCH,
+)  # units run by a threshold, which sets the density
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +73,7 @@ class SiteRecord:
     lookahead: int = 0
     metrics: SiteMetrics | None = None
     sensitivity: torch.Tensor | None = None
+    sketch: Sketch | None = None
 
     @property
     def threshold(self) -> float:
@@ -75,10 +82,13 @@ class SiteRecord:
 
     @property
     def predictor_share(self) -> float:
-        """Bytes of the predictor's matrices as a share of the dense site's, at 2 bytes a weight."""
-        if self.predictor is None:
-            return 0.0
-        stored = sum(t.numel() * t.element_size() for t in self.predictor.matrices)
+        """Bytes of the predictor's (or sketch's) matrices as a share of the dense site's, at 2 bytes a weight."""
+        matrices: tuple[torch.Tensor, ...] = ()
+        if self.predictor is not None:
+            matrices = self.predictor.matrices
+        elif self.sketch is not None:
+            matrices = self.sketch.gate, self.sketch.up
+        stored = sum(t.numel() * t.element_size() for t in matrices)
         return stored / (2 * self.num_weights)
 
     def with_metrics(self, metrics: SiteMetrics) -> "SiteRecord":
@@ -106,6 +116,7 @@ class SiteRecord:
             "lookahead": self.lookahead, "threshold": _json_float(self.threshold),
             "rank": self.predictor.rank if self.predictor is not None else 0,
             "sensitivity": self.sensitivity is not None,
+            "sketch": None if self.sketch is None else self.sketch.activation,
             "curve": {"densities": self.curve.densities,
                       "thresholds": [_json_float(t) for t in self.curve.thresholds]},
             "metrics": dataclasses.asdict(self.metrics) if self.metrics is not None else None,
@@ -198,6 +209,12 @@ class Calibration:
             f"{site.name}.sensitivity": site.sensitivity.detach().cpu().contiguous()
             for site in self.sites
             if site.sensitivity is not None
+        }
+        tensors |= {
+            f"{site.name}.sketch.{part}": getattr(site.sketch, part).detach().cpu().contiguous()
+            for site in self.sites
+            if site.sketch is not None
+            for part in PARTS
         }
         with replacing(folder / TENSORS, folder / CONFIG) as (partial, config):
             save_file(tensors, partial)
@@ -292,6 +309,13 @@ def predictor_weights(site: SiteRecord, weight: torch.Tensor) -> PredictorWeight
     )
 
 
+def sketch_weights(site: SiteRecord, device: torch.device) -> SketchWeights | None:
+    """The sketch as it runs."""
+    if site.sketch is None:
+        return None
+    return SketchWeights(*(getattr(site.sketch, part).to(device) for part in PARTS))
+
+
 def attach_calibration(model: nn.Module, calibration: Calibration) -> None:
     """Attach every site's record to its weight, and lay its weights out for gathering.
 
@@ -320,6 +344,7 @@ def attach_calibration(model: nn.Module, calibration: Calibration) -> None:
                 predictor=predictor_weights(site, weight),
                 source=weakref.ref(weights[site.source]) if site.source is not None else None,
                 lookahead=site.lookahead,
+                sketch=sketch_weights(site, weight.device),
             ),
         )
 
@@ -376,6 +401,38 @@ def _sensitivity_from(
     return found
 
 
+def _sketch_from(
+    config: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path
+) -> Sketch | None:
+    """The sketch of a gated MLP, where it has one."""
+    name, activation = config["name"], config.get("sketch")
+    if activation is None:  # format versions before 4 have none
+        return None
+    if activation not in REFERENCE:
+        raise ArtifactError(
+            f"the sketch of {name} in {path} has an unknown activation",
+            found=activation, expected=f"one of {', '.join(REFERENCE)}", fix="update dejavu_compile",
+        )  # fmt: skip
+    found = [tensors.get(f"{name}.sketch.{part}") for part in PARTS]
+    shapes = [None if t is None else tuple(t.shape) for t in found]
+    units = config["units"]
+    columns = shapes[1][1] if shapes[1] is not None and len(shapes[1]) == 2 else 0
+    expected = [(units, 2 * columns), (units, columns), (5, units)]
+    bytes_ = all(t is not None and t.dtype is torch.uint8 for t in found[:2])
+    if shapes != expected or not columns or not bytes_:
+        raise ArtifactError(
+            f"{path} lacks the sketch of {name}", found=f"shapes {shapes}",
+            expected=f"uint8 gate and up, numbers of {units} units: {expected}",
+            fix="save or copy the artifact again",
+        )  # fmt: skip
+    if not found[2].isfinite().all() or not (found[2][4] >= 0).all():
+        raise ArtifactError(
+            f"the sketch of {name} in {path} holds NaN, inf or negative squares",
+            fix="calibrate again",
+        )
+    return Sketch(*found, activation)
+
+
 def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> SiteRecord:
     name = config["name"]
     predictor = None
@@ -405,6 +462,7 @@ def _site_from(config: dict[str, Any], tensors: dict[str, torch.Tensor], path: P
         num_weights=config["num_weights"],
         fingerprint=config["fingerprint"], density=config["density"], source=config["source"],
         lookahead=config["lookahead"], predictor=predictor, sensitivity=sensitivity,
+        sketch=_sketch_from(config, tensors, path),
         metrics=SiteMetrics(**metrics) if metrics else None,
         layouts=tuple(WeightLayout(**layout) for layout in config["layouts"]),
         curve=ThresholdCurve(tuple(curve["densities"]),

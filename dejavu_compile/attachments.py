@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from dejavu_compile.passes.site import Policy, PredictorWeights
+from dejavu_compile.passes.site import Policy, PredictorWeights, SketchWeights
 
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _compiled: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -30,7 +30,8 @@ class Attachment:
 
     `source` is the output weight of the site whose input the predictor reads, `lookahead` layers
     earlier: the one declared edge. `fingerprint` is that of the site's output weight. Of a gate, units run where
-    |gate| * sensitivity is above `threshold`; sensitivity [units] fp32 on the weight's device, None for ones.
+    |gate| * sensitivity is above `threshold`; sensitivity [units] fp32 on the weight's device, None for ones. Of a
+    sketch, those whose score is.
     """
 
     policy: Policy
@@ -41,6 +42,12 @@ class Attachment:
     predictor: PredictorWeights | None = None
     source: weakref.ref | None = None
     lookahead: int = 0
+    sketch: SketchWeights | None = None
+
+    @property
+    def selector_bytes(self) -> int:
+        """Bytes that deciding which units run reads a step, but for a carrier."""
+        return sum(p.num_bytes for p in (self.predictor, self.sketch) if p is not None)
 
 
 def attach(weight: torch.Tensor, attachment: Attachment) -> None:

@@ -43,6 +43,7 @@ from .predictors import (
 )
 from .progress import Bars, Progress
 from .sensitivity import gate_sensitivities, head_costs
+from .sketches import PARTS, Sketch, fit_sketch
 from .workdir import Memory, Rows, Store, Tensors, Workdir
 
 log = logging.getLogger(__name__)
@@ -83,11 +84,16 @@ def _choose(policy: str, record: Recording, source: Recording | None, rank: int)
         return fallback
     if site.kind is SiteKind.ATTENTION:
         return Policy.PREDICT if can_predict else Policy.DENSE
+    if policy == "sketch":
+        return Policy.SKETCH if record.pair is not None else fallback
     if policy == "gate":
         return Policy.GATE if site.gate is not None else Policy.DENSE
     if policy == "predict":
         return Policy.PREDICT if can_predict else fallback
-    # Without exact zeros a low-rank guess of |activation| was worse than the gate itself (SwiGLU decoder).
+    # Without exact zeros a low-rank guess of |activation| was worse than the gate itself (SwiGLU decoder), and that
+    # worse than a sketch of both projections.
+    if site.exact is None and record.pair is not None:
+        return Policy.SKETCH
     if site.exact is None and site.gate is not None and len(site.row_leaves) > 1:
         return Policy.GATE
     return Policy.PREDICT if can_predict else fallback
@@ -211,6 +217,9 @@ def _measured(
         _, held_out = _examples(recording, source).split(share)
         metrics = measure(record.predictor, record.threshold, held_out, weight)
         return record.with_metrics(metrics)
+    if record.policy is Policy.SKETCH:
+        _, held_out = _examples(recording, recording).split(share)
+        return record.with_metrics(measure(record.sketch, record.threshold, held_out, weight))
     if record.policy is Policy.GATE:
         # The same bookkeeping with the carrier's magnitude for a score.
         hidden = recording.stacked("hidden")
@@ -319,7 +328,7 @@ def _gates(
     recordings: Sequence[Recording], sensitivities: Mapping[str, torch.Tensor]
 ) -> list[SiteRecord]:
     """Sites with one threshold for all their gates, times sensitivities; without these each has its own."""
-    if not sensitivities:
+    if not sensitivities or not recordings:
         return [_gated(recording) for recording in recordings]
     scales = [sensitivities[r.name].to(r.weight.device) for r in recordings]
     curve = shared_threshold_curve(
@@ -328,6 +337,39 @@ def _gates(
     return [
         dataclasses.replace(_record(recording, Policy.GATE, curve), sensitivity=scale)
         for recording, scale in zip(recordings, scales, strict=True)
+    ]
+
+
+def _sketches(
+    recordings: Sequence[Recording], sensitivities: Mapping[str, torch.Tensor], progress: Progress, store: Store
+) -> list[SiteRecord]:  # fmt: skip
+    """Sites with one threshold for all their sketches; without sensitivities each has its own."""
+    found = []
+    for number, recording in enumerate(recordings):
+        learn = recording.stacked("source")
+        learn = learn.narrow(0, 0, len(learn) - len(_held_out(learn)))
+
+        def make(recording: Recording = recording, learn: torch.Tensor | Rows = learn) -> Tensors:
+            sensitivity = sensitivities.get(recording.name)
+            if sensitivity is not None:
+                sensitivity = sensitivity.to(recording.weight.device)
+            sketch = fit_sketch(recording.pair, learn, sensitivity, _output_norms(recording))
+            return {part: getattr(sketch, part) for part in PARTS}
+
+        parts = store.once(f"sketch-{number:05}", make)
+        parts = [parts[part].to(recording.weight.device) for part in PARTS]
+        found.append(Sketch(*parts, recording.pair.activation))
+        progress("sketch", number + 1, len(recordings))
+    scores = [
+        sketch.score(thinned_for(_held_out(r.stacked("source")), r.site.units))
+        for sketch, r in zip(found, recordings, strict=True)
+    ]
+    curves = [threshold_curve(score) for score in scores]
+    if sensitivities and scores:
+        curves = [shared_threshold_curve(scores)] * len(scores)
+    return [
+        dataclasses.replace(_record(recording, Policy.SKETCH, curve), sketch=sketch)
+        for recording, curve, sketch in zip(recordings, curves, found, strict=True)
     ]
 
 
@@ -361,8 +403,8 @@ def calibrate(
     """Fit predictors and thresholds for every site of `model`, and attach them.
 
     batches: iterable of `input_ids` [B, T], or of dicts of model inputs; the last sixth of the batches
-    is kept for measuring quality where there are at least two. policy: "auto", "predict", "gate", "exact"
-    or "dense". density: the share of MLP units to keep, in (0, 1], and `head_density` that of attention
+    is kept for measuring quality where there are at least two. policy: "auto", "predict", "sketch", "gate",
+    "exact" or "dense". density: the share of MLP units to keep, in (0, 1], and `head_density` that of attention
     heads (1 if only the other is given); with neither, each site gets a policy and a density so that the fewest bytes
     are read while perplexity stays within `max_ppl_increase` of dense, with 95 % confidence: little text for
     measuring costs density. lookahead: how many layers before its site a predictor reads its source, at least 1.
@@ -464,10 +506,13 @@ def _records(
     by_name = {r.name: cost for r, cost in zip(heads, costs, strict=True)}
     fitted = dict(zip(jobs, _fit(pairs, by_name, lookahead, seed, progress, store), strict=True))
     gated = [i for i, c in enumerate(chosen) if c is Policy.GATE]
-    if gated:
+    sketched = [i for i, c in enumerate(chosen) if c is Policy.SKETCH]
+    if gated or sketched:
         found = gate_sensitivities(model, batches, seed=seed, progress=progress, store=store)
         records = _gates([recordings[i] for i in gated], found)
         fitted |= dict(zip(gated, records, strict=True))
+        records = _sketches([recordings[i] for i in sketched], found, progress, store)
+        fitted |= dict(zip(sketched, records, strict=True))
     return [
         fitted[i] if i in fitted else _record(recording, chosen[i], NO_CURVE)
         for i, recording in enumerate(recordings)

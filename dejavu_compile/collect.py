@@ -11,12 +11,14 @@ import torch
 from torch import fx, nn
 
 from dejavu_compile.passes.find_sites import find_sites, resolve
+from dejavu_compile.passes.glu import as_glu
 from dejavu_compile.passes.normalize import normalize
-from dejavu_compile.passes.site import Site, SiteKind
+from dejavu_compile.passes.site import Leaf, Site, SiteKind
 
 from ._compat import guard_identity, names_in, recompile_limit, unset_fake_temporarily
 from .batches import Batch, call_kwargs, counted
 from .errors import CalibrationError
+from .sketches import Projections
 from .workdir import Memory, Rows, Store, Tensors
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,8 @@ class Recording:
 
     For attention `hidden` holds, per head, the norm of its contribution after the output projection.
 
+    `pair`: its two projections, of a gated MLP of which a sketch can be made.
+
     `carrier` is what `gate` would threshold; empty where that is `hidden` itself. `hidden`, the widest, is
     at most 2 bytes a value: it weighs labels, and what is zero stays zero.
     """
@@ -55,6 +59,7 @@ class Recording:
     hidden: list[torch.Tensor] = field(default_factory=list)
     carrier: list[torch.Tensor] = field(default_factory=list)
     on_disk: bool = False
+    pair: Projections | None = None
 
     @property
     def name(self) -> str:
@@ -173,7 +178,9 @@ class Collector:
         for site in (s for s in find_sites(gm).sites if s.kind in self.kinds):
             with unset_fake_temporarily():
                 weight = resolve(gm, site.output.weight, inputs)
-            record = self.recordings.setdefault(id(weight), Recording(site, weight, names))
+                pair = _pair(gm, site, inputs)
+            new = Recording(site, weight, names, pair=pair)
+            record = self.recordings.setdefault(id(weight), new)
             guard_identity(site.output.weight)  # layers that are alike may be one graph
             wanted.setdefault(site.input, []).append(partial(self._take, record, "source"))
             take = partial(self._take, record, "hidden", narrowed=torch.bfloat16)
@@ -263,6 +270,24 @@ class Collector:
                     fix="check that the dense model is sound on it, e.g. in a wider dtype",
                 )
         return self._values
+
+
+def _pair(gm: fx.GraphModule, site: Site, inputs: dict[fx.Node, Any]) -> Projections | None:
+    """What a sketch of the site is of, as views; None where there can be none."""
+    glu = as_glu(site)
+    if glu is None:
+        return None
+
+    def rows(leaf: Leaf) -> tuple[torch.Tensor, torch.Tensor | None]:
+        weight = resolve(gm, leaf.projection.weight, inputs).detach()
+        if leaf.projection.contracted == 0:
+            weight = weight.t()
+        some = slice(leaf.offset, leaf.offset + leaf.step * (site.units - 1) + 1, leaf.step)
+        bias = leaf.projection.bias
+        return weight[some], None if bias is None else resolve(gm, bias, inputs).detach()[some]
+
+    gate, up = rows(glu.gate), rows(glu.up)
+    return Projections(gate[0], up[0], gate[1], up[1], glu.activation)
 
 
 def _joined(values: list[torch.Tensor]) -> torch.Tensor:

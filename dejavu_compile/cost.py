@@ -1,12 +1,12 @@
 """Bytes that a site reads a step, in closed form, and where sparse stops paying.
 
 Decode takes as long as its reading does, so bytes stand for time. With n units of u weight bytes each,
-density rho, a predictor of P bytes, a carrier that costs c bytes a unit, and, for attention, K bytes of
+density rho, a predictor or sketch of P bytes, a carrier that costs c bytes a unit, and, for attention, K bytes of
 cached keys and values a unit and sequence, m tokens (each of a sequence of its own) read
 
     dense                   n u                          + m n K
     exact, gate             n c + q rho_m n (u - c)
-    predict                 q rho_m n u + P              + m rho n K
+    predict, sketch         q rho_m n u + P              + m rho n K
     predict, cache only     n u + P                      + m rho n K
 
 Weights are read for the union of the tokens' selections: rho_m = 1 - (1 - rho)^m if they choose
@@ -38,6 +38,7 @@ CACHE = m * rho * n * K
 BYTES = {
     Policy.DENSE: n * u + m * n * K,
     Policy.PREDICT: q * UNION * n * u + P + CACHE,
+    Policy.SKETCH: q * UNION * n * u + P + CACHE,
     Policy.EXACT: n * c + q * UNION * n * (u - c),
     Policy.GATE: n * c + q * UNION * n * (u - c),
 }

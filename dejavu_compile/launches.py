@@ -30,6 +30,12 @@ from dejavu_compile.kernels.heads import (
     launch_head_sum,
 )
 from dejavu_compile.kernels.rows import _rows_kernel, launch_rows, rows_candidates, rows_key
+from dejavu_compile.kernels.sketch import (
+    _sketch_kernel,
+    launch_sketch,
+    sketch_candidates,
+    sketch_key,
+)
 from dejavu_compile.kernels.tuning import Config
 from dejavu_compile.passes.site import SiteKind
 
@@ -121,6 +127,15 @@ KERNELS = {
             a.score.shape[1], a.weight.shape[0] // a.score.shape[1], a.weight.shape[1], a.score.shape[0]
         ),
         _heads,
+    ),
+    ops.sketch_score.default: Kernel(
+        _sketch_kernel,
+        lambda kernel, a, config: launch_sketch(
+            kernel, a.x, a.gate, a.up, a.numbers, a.activation, config
+        ),
+        lambda a: sketch_key(a.x, a.up),
+        lambda a: sketch_candidates(a.x.shape[1] // 16),
+        lambda a: None,
     ),
     ops.decode_attention.default: Kernel(
         _attention_kernel,

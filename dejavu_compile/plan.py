@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from dejavu_compile.passes.glu import as_glu
 from dejavu_compile.passes.site import Decision, Execution, Found, Policy, Site
 
 from .attachments import Attachment, attached, fingerprint, is_unit_major
@@ -76,7 +77,7 @@ def _layouts(site: Site) -> list[Relayout]:
 
 def gathered_layouts(site: Site, policy: Policy) -> list[Relayout]:
     """The layouts that `policy` (not dense) needs: a carrier's own projections are read whole, as they lie."""
-    if policy is Policy.PREDICT:
+    if policy in {Policy.PREDICT, Policy.SKETCH}:
         return _layouts(site)
     carrier = site.exact if policy is Policy.EXACT else site.gate
     whole = {leaf.projection.weight for leaf in site.row_leaves if leaf.node in carrier.needs}
@@ -163,7 +164,7 @@ def _decide(
     predictor = attachment.predictor if attachment is not None else None
     wanted: list[Relayout] = []
     policy, density = Policy.DENSE, float("nan")
-    cost = cost_of(site, site.gate, predictor.num_bytes if predictor else 0)
+    cost = cost_of(site, site.gate, attachment.selector_bytes if attachment is not None else 0)
     try:
         if options.execution is ExecutionMode.DENSE:
             raise _StayDenseError("option dejavu.execution is 'dense'")
@@ -178,6 +179,8 @@ def _decide(
             _check_fingerprint(site, attachment, weight)
             if policy is Policy.PREDICT:
                 source = _source(attachment, site, sites)
+            if policy is Policy.SKETCH and as_glu(site) is None:
+                raise _StayDenseError("it isn't a gated pair here, of which its sketch is")
             if execution is not Execution.MASKED:
                 execution = _cheapest(ways, policy, density, cost, site.num_tokens)
         elif cost.several_cost_more and site.num_tokens > 1:
@@ -199,6 +202,7 @@ def _decide(
             site, policy, execution, source, predictor,
             attachment.threshold if attachment is not None else 0.0,
             attachment.sensitivity if attachment is not None else None,
+            attachment.sketch if attachment is not None else None,
         )  # fmt: skip
     except _StayDenseError as why:
         decision, reason = Decision(site, Policy.DENSE, Execution.GATHERED), str(why)

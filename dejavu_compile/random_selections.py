@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dejavu_compile.kernels.nibbles import pack
-from dejavu_compile.passes.site import Policy, PredictorWeights
+from dejavu_compile.passes.site import Policy, PredictorWeights, SketchWeights
 
 from .attachments import Attachment, attach, attached, fingerprint, make_unit_major
 from .decode_step import DecodeStep, Kept, oracle_logits
@@ -174,6 +174,37 @@ def attach_gates(model: nn.Module, density: float, length: int, batch: int = 1) 
             Attachment(Policy.GATE, density, fingerprint(part.out), threshold=threshold),
         )
         kept.append(Kept(part, threshold=threshold))
+    return kept
+
+
+def attach_random_sketches(model: nn.Module, density: float) -> list[Kept]:
+    """Sketches of the real byte size that select a fixed random share of the units, in all layers of gated MLPs.
+
+    Both are read in full, and their products count nothing: a gate is act(1), the other factor the root of a floor of 1
+    or 0.
+    """
+    kept = []
+    for number, part in enumerate(mlps(model)):
+        for weight, produces in (*((w, True) for w in part.into), (part.out, False)):
+            make_unit_major(weight, 1, produces_units=produces)
+        (width, units), device = part.out.shape, part.out.device
+        generator = torch.Generator().manual_seed(number)
+        picked = torch.randperm(units, generator=generator)[: round(density * units)]
+        runs = torch.zeros(units, dtype=torch.bool).index_fill(0, picked, True)
+        codes = (
+            torch.randint(0, 256, (units, width // per_byte), generator=generator)
+            for per_byte in (2, 4)
+        )
+        numbers = torch.zeros(5, units)
+        numbers[1], numbers[4] = 1, runs
+        sketch = SketchWeights(*(c.to(device, torch.uint8) for c in codes), numbers.to(device))
+        attach(
+            part.out,
+            Attachment(
+                Policy.SKETCH, density, fingerprint(part.out), threshold=0.1, sketch=sketch
+            ),
+        )
+        kept.append(Kept(part, runs))
     return kept
 
 

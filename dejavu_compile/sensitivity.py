@@ -301,6 +301,8 @@ def _scores(record: SiteRecord, seen: _Pass, batch: Batch) -> torch.Tensor:
     if record.policy is Policy.GATE:
         magnitude = _rows(seen.carriers[record.name], batch).float().abs()
         return magnitude if record.sensitivity is None else magnitude * record.sensitivity
+    if record.policy is Policy.SKETCH:
+        return record.sketch.score(_rows(seen.inputs[record.name], batch))
     return record.predictor.score(_rows(seen.inputs[record.source], batch))
 
 

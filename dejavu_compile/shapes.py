@@ -192,7 +192,7 @@ def weight_bytes(
             if attachment is None:
                 continue
             total -= round(_skippable(part, attachment.policy) * (1 - share))
-            total += attachment.predictor.num_bytes if attachment.predictor is not None else 0
+            total += attachment.selector_bytes
     return total
 
 

@@ -39,9 +39,10 @@ _SELECT = {"select", "select_begin"}
 KERNEL = {
     "gemv": "_gemv_kernel", "gathered_rows": "_rows_kernel", "gathered_glu": "_rows_kernel",
     "gathered_sum": "_sum_kernel", "head_sum": "_head_sum_kernel", "compact": "_compact_kernel",
+    "sketch_score": "_sketch_kernel",
 }  # fmt: skip
 OF_SELECT = ("inner_kernel", "score_kernel", "scatter_kernel")  # in this order
-NO_LAUNCH = {"select_join", "unpack"}
+NO_LAUNCH = {"select_join", "unpack", "unpack_pairs"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +207,8 @@ class CapturedStep:
         if name == "compact":
             scale = args[2:3]
             return [], sum(_extent(s) for s in scale if s is not None)
+        if name == "sketch_score":
+            return list(args[1:3]), sum(map(_extent, args[1:4]))
         gathered = {"gathered_rows": (1, 2), "gathered_glu": (1, 2, 3, 4), "gathered_sum": (1,), "head_sum": (1,)}  # fmt: skip
         if name not in gathered:
             return [], None

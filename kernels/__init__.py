@@ -11,6 +11,7 @@ else:
     from .gemv import gemv, gemv_reference
     from .heads import head_sum, head_sum_reference
     from .lookahead import select_begin, select_join
+    from .pairs import pack_pairs, unpack_pairs
     from .rows import (
         gathered_glu,
         gathered_glu_reference,
@@ -19,6 +20,7 @@ else:
     )
     from .select import select, select_reference
     from .selection import compact, compact_reference
+    from .sketch import sketch_score, sketch_score_reference
 
 __all__ = [
     "attention_reference",
@@ -36,8 +38,12 @@ __all__ = [
     "gemv_reference",
     "head_sum",
     "head_sum_reference",
+    "pack_pairs",
     "select",
     "select_begin",
     "select_join",
     "select_reference",
+    "sketch_score",
+    "sketch_score_reference",
+    "unpack_pairs",
 ]

@@ -9,6 +9,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__AVX512VNNI__)
+#include <immintrin.h>
+#endif
+
 // A product that is added is rounded once, in one instruction, where the processor has it; torch's flags forbid it.
 #ifdef __clang__
 #pragma clang fp contract(fast)
@@ -317,6 +321,137 @@ void sum(const T* hidden, const T* weight, const int32_t* index, float* out, int
   }
 }
 
+// See sketch.py. `numbers` [5, n]: of the gate, of the other factor, and the mean square that this misses.
+inline float sketched(float gate, float up, const float* numbers, int64_t n, int64_t unit, int activation) {
+  const float *a = numbers + unit, *b = a + n, *c = b + n, *d = c + n, *f = d + n;
+  float other = up * *c + *d;
+  return std::fabs(activate(gate * *a + *b, activation)) * std::sqrt(other * other + *f);
+}
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+
+// A vector in balanced base 256: step * (d0 + 256 d1 + 65536 d2). An instruction multiplies 64 pairs of bytes.
+struct Digits {
+  std::vector<int8_t> digit[3];
+  double step, sum;
+
+  template <class T>
+  Digits(const T* x, int64_t width) : step(0), sum(0) {
+    float largest = 1e-30f;
+    bool finite = true;
+    for (int64_t i = 0; i < width; ++i) {
+      float size = std::fabs(float(x[i]));
+      finite &= std::isfinite(size);
+      largest = size > largest ? size : largest;
+    }
+    for (auto& bytes : digit) bytes.resize(width);
+    step = finite ? largest * 0x1p-20 : NAN;
+    for (int64_t i = 0; finite && i < width; ++i) {
+      int32_t whole = int32_t(std::lrint(float(x[i]) / step));
+      sum += whole;
+      for (auto& bytes : digit) {
+        bytes[i] = int8_t(whole);
+        whole = (whole - bytes[i]) >> 8;
+      }
+    }
+  }
+};
+
+// The codes of a row times the vector, in steps: BITS of 4, plus 8, or of 2, from the low bits of `bytes` bytes up.
+template <int BITS>
+double whole_dot(const uint8_t* row, const Digits& x, int64_t bytes) {
+  __m512i sums[3] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
+  const __m512i mask = _mm512_set1_epi8((1 << BITS) - 1), flip = _mm512_set1_epi8(BITS == 4 ? 8 : 0);
+  for (int64_t i = 0; i < bytes; i += 64) {
+    __mmask64 inside = bytes - i >= 64 ? ~__mmask64(0) : (__mmask64(1) << (bytes - i)) - 1;
+    __m512i packed = _mm512_maskz_loadu_epi8(inside, row + i);
+    for (int part = 0; part < 8 / BITS; ++part) {
+      __m512i codes = _mm512_xor_si512(_mm512_and_si512(packed, mask), flip);
+      for (int k = 0; k < 3; ++k)
+        sums[k] = _mm512_dpbusd_epi32(
+            sums[k], codes, _mm512_maskz_loadu_epi8(inside, x.digit[k].data() + part * bytes + i));
+      packed = _mm512_srli_epi16(packed, BITS);
+    }
+  }
+  return _mm512_reduce_add_epi32(sums[0]) + 256.0 * _mm512_reduce_add_epi32(sums[1]) +
+         65536.0 * _mm512_reduce_add_epi32(sums[2]);
+}
+
+template <class T>
+void sketch(const T* x, const Nibbles* gate, const uint8_t* up, const float* numbers, float* score, int64_t tokens,
+            int64_t width, int64_t n, int activation, int threads) {
+  std::vector<Digits> digits;
+  for (int64_t t = 0; t < tokens; ++t) digits.emplace_back(x + t * width, width);
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t unit = 0; unit < n; ++unit)
+    for (int64_t t = 0; t < tokens; ++t) {
+      const Digits& of = digits[t];
+      double g = whole_dot<4>((const uint8_t*)gate + unit * (width / 2), of, width / 2) - 8 * of.sum;
+      double u = whole_dot<2>(up + unit * (width / 4), of, width / 4) - 1.5 * of.sum;
+      score[t * n + unit] = sketched(float(g * of.step), float(u * of.step), numbers, n, unit, activation);
+    }
+}
+
+#else
+
+// y[r] = row[r] . x for 4 rows of two bits a column (see pairs.py), as 0 to 3; `bytes` a row.
+void pair_dots(const uint8_t* row, const float* x, int64_t bytes, float* y) {
+  Floats sums[4] = {};
+  int64_t i = 0;
+  for (; i + 16 <= bytes; i += 16) {
+    Sixteen<int32_t> codes[4];
+    for (int r = 0; r < 4; ++r) {
+      Sixteen<uint8_t> narrow;
+      std::memcpy(&narrow, row + r * bytes + i, sizeof narrow);
+      codes[r] = __builtin_convertvector(__builtin_convertvector(narrow, Sixteen<int16_t>), Sixteen<int32_t>);
+    }
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      Floats factor = load(x + quarter * bytes + i);
+      for (int r = 0; r < 4; ++r) {
+        sums[r] += __builtin_convertvector(codes[r] & 3, Floats) * factor;
+        codes[r] >>= 2;
+      }
+    }
+  }
+  for (int r = 0; r < 4; ++r) y[r] = folded<16>(sums[r]);
+  for (; i < bytes; ++i)
+    for (int r = 0; r < 4; ++r)
+      for (int quarter = 0; quarter < 4; ++quarter)
+        y[r] += float(row[r * bytes + i] >> 2 * quarter & 3) * x[quarter * bytes + i];
+}
+
+template <class T>
+void sketch(const T* x, const Nibbles* gate, const uint8_t* up, const float* numbers, float* score, int64_t tokens,
+            int64_t width, int64_t n, int activation, int threads) {
+  auto wide = widened(x, tokens * width);
+  std::vector<float> placed(tokens * width), middle(tokens);
+  for (int64_t t = 0; t < tokens; ++t) {
+    double sum = 0;
+    for (int64_t i = 0; i < width; ++i) sum += wide[t * width + i];
+    spread<Nibbles>(x + t * width, width, placed.data() + t * width);
+    middle[t] = float(1.5 * sum);
+  }
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t first = 0; first < n; first += 4) {
+    // The last four rows are whole too: where four doesn't divide n, some are computed again, and not stored.
+    int64_t begin = first + 4 <= n ? first : n - 4;
+    const Nibbles *row[4], *next[4];
+    for (int64_t r = 0; r < 4; ++r) {
+      row[r] = gate + (begin + r) * stored<Nibbles>(width);
+      next[r] = row[r] + 4 * stored<Nibbles>(width);
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      float g[4], u[4];
+      dots<4>(row, next, placed.data() + t * width, width, g);
+      pair_dots(up + begin * (width / 4), wide.data() + t * width, width / 4, u);
+      for (int64_t r = first - begin; r < 4; ++r)
+        score[t * n + begin + r] = sketched(g[r], u[r] - middle[t], numbers, n, begin + r, activation);
+    }
+  }
+}
+
+#endif
+
 // One pass over the mask [n]; the rest of the index is zero.
 int32_t listed(const std::vector<uint8_t>& keep, int32_t* index) {
   int32_t count = 0, n = int32_t(keep.size());
@@ -497,6 +632,11 @@ void attention(const T* q, const T* k, const T* v, const float* added, const boo
     else                                                                                                     \
       select(source, (const T*)down, (const T*)up, bias, index, count, tokens, width, rank, n, threads);     \
   }                                                                                                          \
+  extern "C" void sketch_##SUFFIX(const T* x, const void* gate, const uint8_t* up, const float* numbers,     \
+                                  float* score, int64_t tokens, int64_t width, int64_t n, int activation,   \
+                                  int threads) {                                                            \
+    sketch(x, (const Nibbles*)gate, up, numbers, score, tokens, width, n, activation, threads);             \
+  }                                                                                                         \
   extern "C" void compact_##SUFFIX(const T* values, float threshold, const float* scale, int32_t* index,    \
                                    int32_t* count, int64_t tokens, int64_t n) {                              \
     compact(values, threshold, scale, index, count, tokens, n);                                              \

@@ -28,6 +28,7 @@ _SIGNATURES = {
     "sum": [_P] * 4 + [_L] * 5 + [_I] * 2,
     "select": [_P] * 6 + [_L] * 4 + [_I] * 2,
     "attention": [_P] * 7 + [_L] * 6 + [_P, ctypes.c_float, ctypes.c_float, _I],
+    "sketch": [_P] * 5 + [_L] * 3 + [_I] * 2,
     "compact": [_P, ctypes.c_float, _P, _P, _P, _L, _L],
 }
 
@@ -155,6 +156,22 @@ def compacted(
         n,
     )
     return index, count
+
+
+def sketch_score(
+    x: Tensor, gate: Tensor, up: Tensor, numbers: Tensor, activation: str
+) -> Tensor | None:
+    """`sketch_score_reference`, or None where there is no C++ form."""
+    form, (tokens, width), n = function("sketch", x.dtype), x.shape, up.shape[0]
+    if form is None or n < 4:
+        return None
+    inputs = [t.contiguous() for t in (x, gate, up, numbers)]
+    score = torch.empty(tokens, n)
+    form(
+        *(t.data_ptr() for t in inputs), score.data_ptr(), tokens, width, n,
+        _ACTIVATIONS[activation], torch.get_num_threads(),
+    )  # fmt: skip
+    return score
 
 
 def attended(

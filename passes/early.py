@@ -44,6 +44,8 @@ def _read_early(node: fx.Node) -> tuple[list[fx.Node], fx.Node | None]:
     if node.target is ops.gathered_sum.default:
         _, weight, index, _, compacted, *_ = node.args
         return [weight], index if compacted else None
+    if node.target is ops.sketch_score.default:
+        return node.args[1:4], None
     if node.target is ops.head_sum.default:
         return [node.args[1]], node.args[2]
     return [], None

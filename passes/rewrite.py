@@ -7,6 +7,8 @@ predict, gathered (decode):
     g = gathered_rows(x, Wg, index, count); u = gathered_rows(x, Wu, index, count)
     h = silu(g) * u; y = gathered_sum(h, Wo.T, index, count)
 
+sketch scores the units from the site's own input and compacts the scores into a selection.
+
 exact and gate compute the carrier (the activated gate) for every unit, `compact` it into a selection,
 and skip what is left. Masked execution zeroes h outside the selection instead, token by token: the same
 predictor, source and threshold, so that quality is measured on what runs fast.
@@ -26,6 +28,7 @@ import dejavu_compile.kernels  # noqa: F401  registers torch.ops.dejavu
 from dejavu_compile.kernels.nibbles import is_packed
 
 from .emit import Emitter
+from .glu import as_glu
 from .rewrite_heads import rewrite_heads
 from .separable import aten, shape_of
 from .site import Decision, Execution, Leaf, LeafKind, Policy, Projection, SiteKind
@@ -156,6 +159,39 @@ def _sensitivity(emit: Emitter, decision: Decision, tag: str) -> fx.Node:
     return emit.buffer(f"dejavu_{tag}_sensitivity", decision.sensitivity)
 
 
+def _sketched(emit: Emitter, decision: Decision, tag: str) -> tuple[fx.Node, ...]:
+    """The site's input [tokens, width], and the sketch as static buffers."""
+    site, weights = decision.site, decision.sketch
+    width = as_glu(site).gate.projection.in_features
+    parts = ("gate", "up", "numbers")
+    buffers = (emit.buffer(f"dejavu_{tag}_sketch_{p}", getattr(weights, p)) for p in parts)
+    return _tokens_by(emit, site.input, width), *buffers
+
+
+def _activated(emit: Emitter, value: fx.Node, activation: str) -> fx.Node:
+    """`kernels/activations.py` in the graph's ops."""
+    if activation == "gelu_tanh":
+        return emit.call(aten.gelu.default, value, approximate="tanh")
+    return emit.call(getattr(aten, activation).default, value)
+
+
+def _sketch_score(emit: Emitter, decision: Decision, tag: str) -> fx.Node:
+    """`sketch_score_reference` in the graph's ops, for any number of tokens."""
+    x, gate, up, numbers = _sketched(emit, decision, tag)
+    x = emit.call(aten.to.dtype, x, torch.float32)
+    a, b, c, d, f = (emit.call(aten.select.int, numbers, 0, i) for i in range(5))
+
+    def product(weight: fx.Node, scale: fx.Node, bias: fx.Node) -> fx.Node:
+        scaled = emit.call(aten.mul.Tensor, emit.call(aten.linear.default, x, weight), scale)
+        return emit.call(aten.add.Tensor, scaled, bias)
+
+    known = product(_widened(emit, gate), a, b)
+    known = emit.call(aten.abs.default, _activated(emit, known, as_glu(decision.site).activation))
+    other = product(emit.call(ops.unpack_pairs.default, up), c, d)
+    other = emit.call(aten.add.Tensor, emit.call(aten.mul.Tensor, other, other), f)
+    return emit.call(aten.mul.Tensor, known, emit.call(aten.sqrt.default, other))
+
+
 def _widened(emit: Emitter, matrix: fx.Node) -> fx.Node:
     """A predictor's matrix in fp32."""
     if is_packed(matrix.meta["val"]):
@@ -175,6 +211,9 @@ def _masked(emit: Emitter, decision: Decision, tag: str) -> None:
         score = emit.call(aten.linear.default, source, down)
         score = emit.call(aten.linear.default, score, up, bias)
         dropped = emit.call(aten.le.Scalar, score, 0.0)
+    elif decision.policy is Policy.SKETCH:
+        score = _sketch_score(emit, decision, tag)
+        dropped = emit.call(aten.le.Scalar, score, decision.threshold)
     else:
         score = emit.call(aten.abs.default, _tokens_by(emit, site.gate.node, site.units))
         if decision.sensitivity is not None:
@@ -213,11 +252,15 @@ def rewrite(gm: fx.GraphModule, decisions: tuple[Decision, ...]) -> Rewritten:
                     _masked(emit, decision, str(tag))
             continue
         start = None
-        if decision.policy is not Policy.PREDICT:
+        if decision.policy not in {Policy.PREDICT, Policy.SKETCH}:
             carrier = site.exact if decision.policy is Policy.EXACT else site.gate
             start = carrier.node
         with emit.before(site.output.node):
-            if start is None:
+            if decision.policy is Policy.SKETCH:
+                sketch, activation = _sketched(emit, decision, str(tag)), as_glu(site).activation
+                score = emit.call(ops.sketch_score.default, *sketch, activation)
+                pair = emit.call(ops.compact.default, score, decision.threshold)
+            elif start is None:
                 weights = _predicted(emit, decision, str(tag))
                 source = _tokens_by(emit, decision.source, decision.predictor.source_width)
                 pair = emit.call(ops.select.default, source, *weights)

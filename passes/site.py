@@ -18,6 +18,7 @@ class Policy(StrEnum):
     PREDICT = (
         "predict"  # those whose predictor score passes a threshold, one layer ahead (Deja Vu)
     )
+    SKETCH = "sketch"  # those of a gated MLP of which a sketch of gate and up says so, from its own input
 
 
 class Execution(StrEnum):
@@ -282,8 +283,24 @@ class PredictorWeights:
 
 
 @dataclass(frozen=True, slots=True)
+class SketchWeights:
+    """What `kernels/sketch.py` takes: gate [units, width / 2] and up [units, width / 4] packed, numbers [5, units]."""
+
+    gate: torch.Tensor
+    up: torch.Tensor
+    numbers: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one evaluation reads."""
+        return sum(t.numel() * t.element_size() for t in (self.gate, self.up, self.numbers))
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
-    """What the plan decided for one site. `source` feeds `predictor`; `threshold` and `sensitivity` are for `gate`.
+    """What the plan decided for one site. `source` feeds `predictor`; `sensitivity` is for `gate`.
+
+    `threshold` is for `gate` and `sketch`.
 
     A unit runs where |gate| * sensitivity is above the threshold; sensitivity [units] fp32, None for ones.
     """
@@ -295,3 +312,4 @@ class Decision:
     predictor: PredictorWeights | None = None
     threshold: float = 0.0
     sensitivity: torch.Tensor | None = None
+    sketch: SketchWeights | None = None

@@ -166,3 +166,26 @@ class KernelCase:
         self.close(
             self.run(attention, q.masked_fill(off, NAN), k, v, mask, scale, softcap, score), exact
         )
+
+
+def sketch_inputs(n: int, width: int, m: int, dtype=torch.float32, seed=0) -> tuple[Tensor, ...]:
+    """What `sketch_score` takes but for the activation, of n units and m tokens."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, width, generator=g).to(dtype)
+    gate, up = (
+        torch.randint(0, 256, (n, width // k), generator=g).to(torch.uint8) for k in (2, 4)
+    )
+    return x, gate, up, torch.rand(5, n, generator=g) - torch.tensor([0, 0.5, 0, 0.5, 0])[:, None]
+
+
+def sketch_oracle(x, gate, up, numbers, activation="silu") -> Tensor:
+    """In float64, every weight by itself: bits 2 k of byte i of `up` are of column i + k width / 4."""
+    columns = torch.arange(x.shape[1])
+    byte = gate.long()[:, columns % gate.shape[1]]
+    nibble = (byte // 16 ** (columns // gate.shape[1])) % 16
+    pair = (up.long()[:, columns % up.shape[1]] // 4 ** (columns // up.shape[1])) % 4
+    a, b, c, d, f = numbers.double()
+    g = x.double() @ (nibble - 16 * (nibble > 7)).double().T * a + b
+    named = {"silu": g * torch.sigmoid(g), "relu": g.clamp(min=0), "identity": g}
+    gated = activation(g) if callable(activation) else named[activation]
+    return gated.abs() * ((x.double() @ (pair - 1.5).double().T * c + d) ** 2 + f).sqrt()

@@ -1,6 +1,7 @@
 """Small launches of every kernel with block sizes to choose: an op with arguments, and what it must give."""
 
 import torch
+from kernel_cases import sketch_inputs
 
 ops = torch.ops.dejavu
 UNITS, WIDTH, HEADS, SLOTS = 24, 40, 4, 80
@@ -30,6 +31,7 @@ def operations(tokens: int, device: str = "cpu") -> dict[str, tuple]:
         for heads_, slots in ((HEADS, 1), (HEADS // 2, SLOTS), (HEADS // 2, SLOTS))
     )
     mask = torch.arange(SLOTS).expand(tokens, 1, 1, SLOTS) < 50
+    sketch = sketch_inputs(UNITS, 64, tokens)
     made = {
         "rows": (ops.gathered_rows.default, x, weight, _randn(UNITS), *selection, "relu", hidden),
         "glu": (ops.gathered_glu.default, x, weight, None, up, None, *selection, "silu"),
@@ -40,6 +42,7 @@ def operations(tokens: int, device: str = "cpu") -> dict[str, tuple]:
         "head_sum": (ops.head_sum.default, x, _randn(WIDTH, UNITS), score, arrived),
         "attention": (ops.decode_attention.default, q, k, v, mask, 0.3, 0.0, None, arrived),
         "attention of heads": (ops.decode_attention.default, q, k, v, None, 0.3, 2.0, score, arrived),
+        "sketch": (ops.sketch_score.default, *sketch, "silu"),
     }  # fmt: skip
 
     def moved(value):

@@ -95,6 +95,21 @@ def test_gates_select_what_the_oracle_keeps(model, batch, prepared):
     attach_and_compare(model, kept, batch, prepared)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_sketches_select_what_the_oracle_keeps(model, batch, prepared):
+    if shapes.mlps(model)[0].act is None:
+        pytest.skip("a model without gates")
+    kept = random_selections.attach_random_sketches(model, 0.4)
+    assert len(kept) == LAYERS
+    attach_and_compare(model, kept, batch, prepared)
+    one, sketch = WIDTH * UNITS * 4, LAYERS * (WIDTH * UNITS * 6 // 8 + 5 * UNITS * 4)
+    dense = shapes.weight_bytes(model, None)
+    assert shapes.weight_bytes(model, 0.4) == pytest.approx(
+        dense - LAYERS * 3 * 0.6 * one + sketch, rel=2e-3
+    )
+
+
 def test_bytes_are_counted_from_what_is_attached(model):
     dense = shapes.weight_bytes(model, None)
     parts = shapes.mlps(model)

@@ -12,12 +12,16 @@ GATED = SiteCost(
 )
 
 
+SCORED = (Policy.PREDICT, Policy.SKETCH)  # by something that is read for it
+SPARSE = (*SCORED, Policy.EXACT, Policy.GATE)
+
+
 def counted(cost, policy, selected_by_token):
     """Bytes counted unit by unit, for the units that each token selects."""
     union = set().union(*selected_by_token)
-    total = cost.predictor_bytes if policy is Policy.PREDICT else 0
+    total = cost.predictor_bytes if policy in SCORED else 0
     for unit in range(cost.units):
-        carrier = 0 if policy is Policy.PREDICT else cost.carrier_bytes_per_unit
+        carrier = 0 if policy in SCORED else cost.carrier_bytes_per_unit
         total += carrier
         if unit in union or policy is Policy.DENSE:
             total += cost.bytes_per_unit - carrier
@@ -31,7 +35,7 @@ def test_closed_form_equals_a_count_for_one_token(policy, kept):
     assert GATED.bytes(policy, kept / 100) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("policy", [Policy.PREDICT, Policy.EXACT, Policy.GATE])
+@pytest.mark.parametrize("policy", SPARSE)
 def test_union_of_two_independent_tokens_equals_a_count(policy):
     # Unit u = 10 i + j; one token keeps i < 3, the other j < 3: independent, each 30 %
     first = {10 * i + j for i in range(3) for j in range(10)}
@@ -40,7 +44,7 @@ def test_union_of_two_independent_tokens_equals_a_count(policy):
     assert GATED.bytes(policy, 0.3, tokens=2) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("policy", [Policy.PREDICT, Policy.EXACT, Policy.GATE])
+@pytest.mark.parametrize("policy", SPARSE)
 def test_break_even_reads_as_much_as_dense(policy):
     density = GATED.break_even(policy)
     dense = GATED.bytes(Policy.DENSE, 1.0)
@@ -55,7 +59,7 @@ def test_predictor_moves_break_even_by_its_share():
 
 
 def test_more_tokens_never_read_less_and_never_more_than_all():
-    for policy in (Policy.PREDICT, Policy.EXACT, Policy.GATE):
+    for policy in SPARSE:
         sizes = [GATED.bytes(policy, 0.2, tokens) for tokens in range(1, 9)]
         assert sizes == sorted(sizes)
         assert sizes[-1] <= GATED.bytes(policy, 1.0)

@@ -152,11 +152,12 @@ def test_skipping_costs_are_those_of_gates_on_the_eager_model():
             assert cost.loss == pytest.approx(expected, rel=1e-2)
 
 
-def test_skipping_costs_of_gates_are_the_divergence_of_each_site_alone():
+@pytest.mark.parametrize("policy", ["gate", "sketch"])
+def test_skipping_costs_are_the_divergence_of_each_site_alone(policy):
     model = tiny("llama")
     batches = check_batches(model, [text(seed, batch=16) for seed in range(4)])
     options = {"seed": 0, "progress": lambda *_: None, "store": Memory()}
-    found, _ = fit(model, batches, "gate", heads=False, lookahead=1, **options)
+    found, _ = fit(model, batches, policy, heads=False, lookahead=1, **options)
     for record, costs in zip(
         found.sites, skipping_costs(model, batches, found.sites, **options), strict=True
     ):

@@ -74,6 +74,17 @@ def test_gates_are_read_in_full(model):
     assert total(reads) - products(reads) == pytest.approx(want, rel=2e-3)
 
 
+def test_sketches_are_read_in_full(model):
+    if shapes.mlps(model)[0].act is None:
+        pytest.skip("a model without gates")
+    kept = random_selections.attach_random_sketches(model, 0.25)
+    reads, _ = reads_of(model, kept)
+    sketches = [read.num_bytes for read in reads if read.op == "sketch_score"]
+    assert sketches == [WIDTH * UNITS * 6 // 8 + 5 * UNITS * 4] * LAYERS
+    want = shapes.weight_bytes(model, 0.25) - norms(model) + shapes.cache_bytes(model, LENGTH)
+    assert total(reads) - products(reads) == pytest.approx(want, rel=2e-3)
+
+
 def test_the_union_of_a_batch_is_read_once_and_a_cache_for_each_sequence(model):
     kept = random_selections.attach_per_sequence(model, 0.1, 0.5, LENGTH, batch=3)
     reads, _ = reads_of(model, kept, batch=3, **{"dejavu.exact": False})

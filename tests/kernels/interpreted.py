@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kernel_cases import sketch_inputs, sketch_oracle
 from launched import operations
 from strategies import kernel_cases
 
@@ -29,14 +30,17 @@ from dejavu_compile.kernels import (
 from dejavu_compile.kernels._triton import empty
 from dejavu_compile.kernels.gemv import running, running_rows
 from dejavu_compile.kernels.nibbles import pack, unpacked
+from dejavu_compile.kernels.pairs import pack_pairs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The functions `select`, ... of the package hide the modules of the same name.
-ATTENTION, GEMV, HEADS, ROWS, SELECT, SELECTION, SUM = (
+ATTENTION, GEMV, HEADS, ROWS, SELECT, SELECTION, SKETCH, SUM = (
     importlib.import_module(f"dejavu_compile.kernels.{name}")
-    for name in ("attention", "gemv", "heads", "rows", "select", "selection", "gathered_sum")
-)
+    for name in (
+        "attention", "gemv", "heads", "rows", "select", "selection", "sketch", "gathered_sum",
+    )
+)  # fmt: skip
 WILD = 2**30
 ARRIVED = torch.zeros(4096, dtype=torch.int32, device=DEVICE)
 
@@ -67,7 +71,7 @@ def poisoned(monkeypatch):
         return out.fill_(float("nan") if out.is_floating_point() else WILD)
 
     ARRIVED.zero_()
-    for module in (ATTENTION, GEMV, HEADS, ROWS, SELECT, SELECTION, SUM):
+    for module in (ATTENTION, GEMV, HEADS, ROWS, SELECT, SELECTION, SKETCH, SUM):
         monkeypatch.setattr(module, "empty", poison)
     yield
     assert not ARRIVED.any(), "counters are left at zero for the next launch"
@@ -144,6 +148,50 @@ def test_compact_keeps_nan():
     values[1, 70] = float("nan")
     got = SELECTION.launch_compact(SELECTION._compact_kernel, values, 1e30)
     assert (int(got[1]), int(got[0][0])) == (1, 70)
+
+
+@DTYPES
+@TOKENS
+@pytest.mark.parametrize(
+    ("n", "d"), [(37, 32), (3, 4352)] if INTERPRETED else [(37, 32), (1000, 4096), (333, 9232)]
+)
+def test_sketch(n, d, m, dtype):
+    """With one element of x a thousand times the others, as residual streams have."""
+    x, gate, up, numbers = sketch_inputs(n, d, m, dtype)
+    x[:, 7] *= 1000
+    inputs = (x, gate, up, numbers)
+    got = SKETCH.launch_sketch(SKETCH._sketch_kernel, *(t.to(DEVICE) for t in inputs), "silu")
+    exact = sketch_oracle(*inputs)
+    assert got.dtype is torch.float32
+    # A block of x keeps 13 or 20 bits below its largest element; such errors add up like noise. Weights are 4.6 and 1.1
+    # steps on average: so much steeper is one factor than x, and so much larger than x the other.
+    noise = x.abs().max() * 2.0 ** (-20 if dtype is torch.float32 else -13) * d**0.5
+    size = x.double().norm(dim=1, keepdim=True) + 2
+    bound = 4 * noise * 4.6 * 1.1 * size * numbers[0] * numbers[2]
+    assert ((got.cpu() - exact).abs() <= bound + 4e-6 * exact.max()).all()
+
+
+def test_sketch_of_every_code():
+    """In each place of a word, of either matrix: exact."""
+    x = torch.arange(1.0, 17.0)[None]
+    for column in range(16):
+        nibbles, pairs = torch.zeros(64, 16), torch.zeros(64, 16, dtype=torch.int8)
+        nibbles[:, column] = torch.arange(64) % 16 - 8
+        pairs[:, column] = torch.arange(64) // 16
+        inputs = x, pack(nibbles), pack_pairs(pairs), torch.tensor([1.0, 0, 1, 0, 0])[:, None] * torch.ones(64)  # fmt: skip
+        got = SKETCH.launch_sketch(
+            SKETCH._sketch_kernel, *(t.to(DEVICE) for t in inputs), "identity"
+        )
+        other = (x * (pairs - 1.5)).sum(1)
+        exact = ((torch.arange(64) % 16 - 8) * x[0, column] * other).abs()
+        assert torch.equal(got[0].cpu(), exact)
+
+
+def test_sketch_keeps_nan():
+    x, *rest = (t.to(DEVICE) for t in sketch_inputs(37, 64, 2))
+    x[1, 40] = float("nan")
+    got = SKETCH.launch_sketch(SKETCH._sketch_kernel, x, *rest, "silu").isnan()
+    assert got[1].all() and not got[0].any()
 
 
 def exact_predictor(m, n, s, r, dtype):

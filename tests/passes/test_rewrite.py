@@ -5,13 +5,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
+from kernel_cases import sketch_inputs, sketch_oracle
 from models import TOYS, UNITS
 from strategies import specs
 
 from dejavu_compile.kernels.nibbles import unpack
 from dejavu_compile.passes.find_sites import find_sites
+from dejavu_compile.passes.glu import as_glu
 from dejavu_compile.passes.rewrite import rewrite
-from dejavu_compile.passes.site import Decision, Execution, NoSite, Policy, PredictorWeights
+from dejavu_compile.passes.site import (
+    Decision,
+    Execution,
+    NoSite,
+    Policy,
+    PredictorWeights,
+    SketchWeights,
+)
 
 KEPT = {
     "none": [],
@@ -104,6 +113,50 @@ def test_gate_of_dense_up(execution):
         model, x, lambda site: Decision(site, Policy.GATE, execution, threshold=0.05)
     )
     models.assert_near(got, models.oracle(model, x, keep)[0])
+
+
+SKETCHED = {
+    "glu": lambda: models.Gated(width=32),
+    "glu_bias": lambda: models.Gated(width=32, bias=True),
+    "reglu": lambda: models.Gated(F.relu, width=32),
+    "geglu": lambda: models.Gated(lambda x: F.gelu(x, approximate="tanh"), width=32),
+    "chunked": lambda: models.Chunked(width=32, bias=True),
+    "interleaved": lambda: models.Interleaved(width=32),
+}
+
+
+@pytest.mark.parametrize("name", SKETCHED)
+def test_sketch_runs_units_that_any_token_selects(name):
+    model, x = SKETCHED[name](), models.tokens(width=32)
+    _, gate, up, numbers = sketch_inputs(UNITS, 32, 1, seed=3)
+    sketch = SketchWeights(gate, up, numbers)
+    act = (lambda g: g.clamp(min=0)) if name == "reglu" else model.act
+    score = sketch_oracle(x.flatten(0, 1), gate, up, numbers, act).view(*x.shape[:-1], -1)
+    above = score > score.quantile(0.7)
+    threshold = ((score[above].min() + score[~above].max()) / 2).item()
+    for execution, keep in (
+        (Execution.GATHERED, above.any(dim=1, keepdim=True)),
+        (Execution.MASKED, above),
+    ):
+        got, recorder = rewritten(
+            model, x,
+            lambda site, e=execution: Decision(
+                site, Policy.SKETCH, e, threshold=threshold, sketch=sketch
+            ),
+        )  # fmt: skip
+        assert 0 < keep.sum() < keep.numel()
+        models.assert_near(got, models.oracle(model, x, keep))
+        assert ("dejavu.sketch_score" in recorder.targets) == (execution is Execution.GATHERED)
+
+
+@pytest.mark.parametrize("name", ["relu", "glu", "handspelled_gelu", "escaping_up", "parallel"])
+def test_no_sketch_of_what_is_not_a_gated_pair_wide_enough(name):
+    found = []
+    models.record(
+        TOYS[name].make(), models.tokens(),
+        passes=(lambda gm: found.extend(as_glu(site) for site in find_sites(gm).sites),),
+    )  # fmt: skip
+    assert found and set(found) == {None}
 
 
 def test_packed_predictor_runs_units_that_any_token_selects():
