@@ -2,8 +2,8 @@
 
     python benchmarks/budget.py --model demo/models/opt-python-8m
 
-Each seed takes a stretch of demo/text/calibration.txt from a random place on, learns from five sixths of it, and searches for
-each budget on the last sixth, which is of other files, as `dv.calibrate` does with text in its order; its predictors are fitted once for all budgets. What was chosen is then
+Each seed draws windows of demo/text/calibration.txt at random, learns from five sixths of them, and searches for each budget
+on the last sixth, as `dv.calibrate` does; its predictors are fitted once for all budgets. What was chosen is then
 measured on demo/text/heldout.txt, which decides nothing. `ratio`: the increase there, as a share of what was asked;
 `read`: the bytes that the sites with a policy read a step by the cost model, as a share of dense. Rows are written one by
 one; a run that was interrupted goes on. Prints one table last.
@@ -50,12 +50,9 @@ class _Once(Memory):
 
 
 def drawn(rows: torch.Tensor, count: int, seed: int) -> list[torch.Tensor]:
-    """Batches of `count` windows that follow each other, from a random one on, around the end.
-
-    Not drawn one by one: what is judged on would then be of files that were learned from, and flatter.
-    """
-    start = torch.randint(len(rows), (), generator=torch.Generator().manual_seed(seed))
-    return list(rows.roll(-int(start), dims=0)[:count].split(4))
+    """Batches of `count` windows, drawn without replacement."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    return list(rows[order[:count]].split(4))
 
 
 def repetition(

@@ -13,6 +13,7 @@ from dejavu_compile.batches import check_batches
 from dejavu_compile.calibrate import fit
 from dejavu_compile.collect import collect
 from dejavu_compile.evaluate import compare, masked
+from dejavu_compile.kernels.nibbles import unpacked
 from dejavu_compile.passes.site import SiteKind
 from dejavu_compile.sensitivity import gate_sensitivities, head_costs, skipping_costs
 from dejavu_compile.workdir import Memory
@@ -142,7 +143,8 @@ def test_skipping_costs_are_those_of_gates_on_the_eager_model():
     gradients, inputs = mlp_gates(model, batches[0], seed=3)
     for number, (record, costs) in enumerate(zip(records, result, strict=True), start=1):
         p = record.predictor
-        score = inputs[number - 1].double() @ p.down.double().T @ p.up.double().T
+        down, up = (unpacked(matrix).double() for matrix in (p.down, p.up))
+        score = inputs[number - 1].double() @ down.T @ up.T
         score = score * p.scale.double() + p.bias.double()
         assert {cost.asked for cost in costs} > set(record.curve.densities)
         for cost in costs:
