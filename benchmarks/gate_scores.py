@@ -12,7 +12,6 @@ measured, on the texts of predictors.py; one threshold for all layers. "reads" i
 token takes, a half of all units run. Prints one table last and writes JSON, after every variant.
 """
 
-import argparse
 import json
 import math
 from collections import Counter
@@ -23,16 +22,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from predictor_data import GRADIENT_WINDOWS, ROOT, Text, dense_text, spread
+from predictor_data import (
+    GRADIENT_WINDOWS,
+    ROOT,
+    Text,
+    arguments,
+    dense_text,
+    measured_before,
+    model_and_texts,
+    spread,
+)
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from up_approximations import Moments, few_bits, low_rank, moments
 
 from dejavu_compile.bench import environment, write
 from dejavu_compile.evaluate import Evaluation, Tally, log_probabilities, predicted
 from dejavu_compile.predictors import rank_for_budget, threshold_for_density
 from dejavu_compile.shapes import linears, mlps
-from dejavu_compile.text import windows
 
 DENSITIES = (0.3, 0.4, 0.45, 0.5, 0.6)
 SHOWN = (0.3, 0.45, 0.5)
@@ -188,13 +194,7 @@ def inputs_of(model: nn.Module, rows: Tensor) -> list[Tensor]:
 
 def prepare(path: Path, fit_windows: int, choice: int, held_out: int) -> Study:
     """Everything that the variants share; the texts of predictor_data.py."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    model.requires_grad_(False)
-    rows = torch.cat(windows(tokenizer, ROOT / "demo/text/calibration.txt"))
-    cut = len(rows) * 3 // 4
-    learn, rest = spread(rows[:cut], fit_windows), spread(rows[cut:], choice)
-    test = torch.cat(windows(tokenizer, ROOT / "demo/text/heldout.txt", limit=held_out))
+    model, learn, rest, test = model_and_texts(path, fit_windows, choice, held_out)
     gate, hidden = sensitivities(model, spread(learn, GRADIENT_WINDOWS), seed=0)
     column = [part.out.detach().norm(dim=0) for part in mlps(model)]
     both = [c * (h.norm() / c.norm()) for c, h in zip(column, hidden, strict=True)]
@@ -439,31 +439,18 @@ def table(results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Parse the command line, run, write JSON after every variant."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "demo/models/llama-python-8m")
-    parser.add_argument("--only", nargs="*", help="names of variants; all by default")
-    parser.add_argument(
-        "--windows", type=int, nargs=3, default=[192, 8, 12], metavar=("FIT", "CHOICE", "HELD_OUT"),
-        help="of 512 tokens each",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="default: gate-scores-MODEL.json among results")
-    parser.add_argument("--resume", action="store_true", help="keep what --out holds already")
-    parser.add_argument("--table", type=Path, help="a JSON: print its table, run nothing")
-    args = parser.parse_args()
+    args = arguments(__doc__.splitlines()[0], "llama-python-8m").parse_args()
     if args.table:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))["variants"]))
         return
-    out = args.out or ROOT / f"benchmarks/results/gate-scores-{args.model.name}.json"
+    args.out = args.out or ROOT / f"benchmarks/results/gate-scores-{args.model.name}.json"
     print(environment(), flush=True)
-    results: list[dict[str, Any]] = []
-    if args.resume and out.exists():
-        before = json.loads(out.read_text(encoding="utf-8"))
-        results = before["variants"] if before["windows"] == args.windows else []
+    results = measured_before(args)
     study = prepare(args.model, *args.windows)
     chosen = [v for v in VARIANTS if not args.only or v.name in args.only]
     for variant in (v for v in chosen if v.name not in {r["name"] for r in results}):
         results.append(measure(study, variant))
-        write(out, {"model": args.model.name, "windows": args.windows, "variants": results})
+        write(args.out, {"model": args.model.name, "windows": args.windows, "variants": results})
         shown = ", ".join(
             f"{d:.0%}: {at(results[-1], d):.4f} {at(results[-1], d, 'perplexity_increase'):+.2%}"
             for d in (0.4, *SHOWN)

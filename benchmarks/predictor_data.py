@@ -1,7 +1,10 @@
 """What the predictors of a model learn from: what it did on two texts, recorded once, and what it predicts there."""
 
+import argparse
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from predictor_variants import Scorer, Variant, fit, uneven_ranks
@@ -88,15 +91,50 @@ def fisher_norms(model: nn.Module, rows: Tensor, seed: int) -> list[Tensor]:
     return list((sum(squares) / rows.numel()).sqrt())
 
 
-def prepare(path: Path, fit_windows: int, choice: int, held_out: int) -> Study:
-    """Everything that the variants share: recorded once, kept in memory."""
+def model_and_texts(
+    path: Path, fit_windows: int, choice: int, held_out: int
+) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """The model, and windows to learn from, to choose by (of other files), and held out; so many of each."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     model.requires_grad_(False)
     rows = torch.cat(windows(tokenizer, ROOT / "demo/text/calibration.txt"))
     cut = len(rows) * 3 // 4
     learn, rest = spread(rows[:cut], fit_windows), spread(rows[cut:], choice)
-    test = torch.cat(windows(tokenizer, ROOT / "demo/text/heldout.txt", limit=held_out))
+    return (
+        model,
+        learn,
+        rest,
+        torch.cat(windows(tokenizer, ROOT / "demo/text/heldout.txt", limit=held_out)),
+    )
+
+
+def arguments(description: str, model: str) -> argparse.ArgumentParser:
+    """What both studies take."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", type=Path, default=ROOT / "demo/models" / model)
+    parser.add_argument("--only", nargs="*", help="names of variants; all by default")
+    parser.add_argument(
+        "--windows", type=int, nargs=3, default=[192, 8, 12], metavar=("FIT", "CHOICE", "HELD_OUT"),
+        help="of 512 tokens each",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="default: a file of its own among the results")
+    parser.add_argument("--resume", action="store_true", help="keep what --out holds already")
+    parser.add_argument("--table", type=Path, help="a JSON: print its table, run nothing")
+    return parser
+
+
+def measured_before(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The variants that a run before has left in --out, if it had the same windows; none without --resume."""
+    if not args.resume or not args.out.exists():
+        return []
+    before = json.loads(args.out.read_text(encoding="utf-8"))
+    return before["variants"] if before["windows"] == args.windows else []
+
+
+def prepare(path: Path, fit_windows: int, choice: int, held_out: int) -> Study:
+    """Everything that the variants share: recorded once, kept in memory."""
+    model, learn, rest, test = model_and_texts(path, fit_windows, choice, held_out)
     seen, unseen = (
         collect(
             model, check_batches(model, part.split(4)), max_tokens=10**9,

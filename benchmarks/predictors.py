@@ -12,18 +12,16 @@ recall: share of the contributions' sum that runs, and of the units that pass `c
 ran on the held-out text. Prints one table last and writes JSON, after every variant; --resume goes on from there.
 """
 
-import argparse
 import json
 import math
 import statistics
 import time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from predictor_data import ROOT, Study, Text, prepare
+from predictor_data import ROOT, Study, Text, arguments, measured_before, prepare
 from predictor_variants import UNROUNDED, VARIANTS, Scorer, Variant
 from torch import Tensor, nn
 
@@ -196,27 +194,15 @@ def shown(values: list[float], form: str) -> str:
 
 def main() -> None:
     """Parse the command line, run, write JSON after every variant."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT / "demo/models/opt-python-8m")
-    parser.add_argument("--only", nargs="*", help="names of variants; all by default")
+    parser = arguments(__doc__.splitlines()[0], "opt-python-8m")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument(
-        "--windows", type=int, nargs=3, default=[192, 8, 12], metavar=("FIT", "CHOICE", "HELD_OUT"),
-        help="of 512 tokens each",
-    )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="default: predictors-MODEL.json among results")
-    parser.add_argument("--resume", action="store_true", help="keep what --out holds already")
-    parser.add_argument("--table", type=Path, help="a JSON: print its table, run nothing")
     args = parser.parse_args()
     if args.table:
         print(table(json.loads(args.table.read_text(encoding="utf-8"))["variants"]))
         return
-    out = args.out or ROOT / f"benchmarks/results/predictors-{args.model.name}.json"
+    args.out = args.out or ROOT / f"benchmarks/results/predictors-{args.model.name}.json"
     print(environment(), flush=True)
-    results: list[dict[str, Any]] = []
-    if args.resume and out.exists():
-        before = json.loads(out.read_text(encoding="utf-8"))
-        results = before["variants"] if before["windows"] == args.windows else []
+    results = measured_before(args)
     study = prepare(args.model, *args.windows)
 
     def add(variant: Variant, seed: int) -> None:
@@ -224,7 +210,7 @@ def main() -> None:
             return
         result = measure(study, variant, seed)
         results.append(result)
-        write(out, {"model": args.model.name, "windows": args.windows, "variants": results})
+        write(args.out, {"model": args.model.name, "windows": args.windows, "variants": results})
         increases = ", ".join(f"{row['perplexity_increase']:+.2%}" for row in result["rows"])
         print(
             f"{variant.name:<28} seed {seed}: KL {result['choice']:.5f} (held out "

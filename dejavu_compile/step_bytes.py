@@ -11,6 +11,7 @@ reads a row. How many units run isn't in a graph, since it depends on the text: 
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,9 +99,8 @@ def capture_step(
     torch.compiler.reset()
     before, step.forward = step.forward, torch.compile(forward, backend=capture)
     try:
-        step()
-    except _CapturedError:
-        pass
+        with suppress(_CapturedError):
+            step()
     finally:
         step.forward = before
         torch.compiler.reset()
