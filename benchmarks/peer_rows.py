@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from decode import TOLERANCE
 from ops import graph_us
 from torch import Tensor
 
 from dejavu_compile.bench import copy_bandwidth, time_us
+from dejavu_compile.decode_step import TOLERANCE
 
 # Bytes that one round over the layers reads at least: several times an L2 cache (H100: 50 MB), and how many layers at most
 READ, MOST_LAYERS = 256e6, 32

@@ -22,12 +22,10 @@ import argparse
 import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from decode import TOLERANCE, compared_with, in_float32
 from ops import HEAD_DIM, SHAPES
 from peer_imports import folder_with, load, load_file
 from peer_rows import (
@@ -46,21 +44,14 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dejavu_compile._compat import compile_counters
-from dejavu_compile.bench import (
-    DecodeStep,
-    attach_gates,
-    build,
-    cache_bytes,
-    environment,
-    measure,
-    time_us,
-    weight_bytes,
-    write,
-)
+from dejavu_compile.bench import environment, measure, time_us, write
+from dejavu_compile.decode_step import TOLERANCE, DecodeStep, Reference, compared_with
 from dejavu_compile.kernels.attention import _attention_kernel, launch_attention
 from dejavu_compile.kernels.gathered_sum import _sum_kernel, launch_sum
 from dejavu_compile.kernels.rows import _rows_kernel, launch_rows
 from dejavu_compile.kernels.selection import _compact_kernel, launch_compact
+from dejavu_compile.random_selections import attach_gates
+from dejavu_compile.shapes import build, cache_bytes, in_float32, weight_bytes
 
 RESULTS = Path(__file__).parent / "results"
 TEAL_SHAPES = ((4096, 14336), (14336, 4096), (4096, 4096))  # inputs, outputs
@@ -383,26 +374,31 @@ def gpt_fast_rows(root: Path, shape: str, layers: int, length: int, device: str)
     folder_with("gpt-fast", root, "model.py")
     module, missing = load_file(root, "model.py", "peer_gpt_fast")
     model = build(shape, device, torch.bfloat16, layers, length)
-    args = SimpleNamespace(shape=shape, layers=layers, attention_only=False)
-    wide = in_float32(model, args, length)
+    wide = in_float32(model, shape, length)
     graphs = {"triton.cudagraphs": True} if device == "cuda" else {}
 
-    def ours(name: str, reference: dict[str, Any], density: float | None) -> Measured:
+    def ours(name: str, reference: Reference, density: float | None) -> Measured:
         num_bytes = float(weight_bytes(model, density) + cache_bytes(model, length))
         try:
             row = measure(
-                model, name, length, REPEATS, reference["logits"], backend="dejavu", options=graphs
+                model,
+                name,
+                length,
+                REPEATS,
+                reference.oracle.logits,
+                backend="dejavu",
+                options=graphs,
             )
         except Exception as error:
             return Measured(num_bytes=num_bytes, failed=one_line(error))
         timed = in_a_row(row["cudagraph_skips"], row["recompiles"])
-        return judged(row["p50"], row["error"], reference["tolerance"], num_bytes, timed)
+        return judged(row["p50"], row["error"], reference.tolerance, num_bytes, timed)
 
     dense = compared_with(model, wide, [], length, 1)
     # `reduce-overhead` is CUDA graphs; the others are set by their generate.py.
     options = {**graphs, "coordinate_descent_tuning": True, "triton.unique_kernel_names": True}
     theirs = measured_gpt_fast(
-        module, model, dense["logits"], dense["tolerance"], length, options=options
+        module, model, dense.oracle.logits, dense.tolerance, length, options=options
     )
     what, size = "decode step: gpt-fast", f"{shape} x{layers}, KV {length}"
     note = "logits of one token, the same weights; theirs without sampling, its position fixed"

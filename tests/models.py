@@ -287,17 +287,23 @@ def first(result):
 
 
 def assert_as_exact_as(
-    plain: torch.Tensor, got: torch.Tensor, exact: torch.Tensor, among: torch.Tensor | None = None
+    plain: torch.Tensor,
+    got: torch.Tensor,
+    exact: torch.Tensor,
+    among: torch.Tensor | None = None,
+    others: Sequence[tuple[torch.Tensor, torch.Tensor]] = (),
 ) -> None:
     """`got` errs at most twice as much as `plain`, the same in plain PyTorch, plus one rounding.
 
     `among`: the values that `exact` is a part of. A part of one or two may be near zero by chance, where
-    a sum's rounding is that of its terms.
+    a sum's rounding is that of its terms. `others`: more (plain, exact) of the same computation; a single small result may
+    be rounded well by luck.
     """
     assert got.shape == exact.shape
     among = exact if among is None else among
     scale = among.abs().max() if among.numel() else torch.tensor(0.0)
-    allowed = 2 * (plain.double() - exact).abs().max() + torch.finfo(plain.dtype).eps * scale
+    error = max((p.double() - e).abs().max() for p, e in ((plain, exact), *others))
+    allowed = 2 * error + torch.finfo(plain.dtype).eps * scale
     assert (got.double() - exact).abs().max() <= allowed
 
 

@@ -217,11 +217,13 @@ def test_a_unit_made_of_two_heads_reads_the_cache_of_both_and_of_no_others(
     make = torch.Generator().manual_seed(seed + 1)
     x = torch.randn(batch, 1, Pairs.WIDTH, generator=make)
     k, v = torch.randn(2, batch, Pairs.HEADS, 7, Pairs.DIM, generator=make)
-    want = copy.deepcopy(model).double()(x.double(), k.double(), v.double(), kept)
-    plain = model(x, k, v, kept)
+    oracle, wide = copy.deepcopy(model).double(), [t.double() for t in (x, k, v)]
+    subsets = [torch.tensor([bool(some >> u & 1) for u in range(units)]) for some in range(1, 8)]
+    others = [(model(x, k, v, some), oracle(*wide, some)) for some in subsets]
+    want, plain = oracle(*wide, kept), model(x, k, v, kept)
     heads = kept.repeat_interleave(2) if side_by_side else kept.repeat(2)
     k[:, ~heads] = v[:, ~heads] = torch.nan
     got, recorder = models.record(model, x, k, v, passes=(only(kept),))
     site, _ = recorder.results[0]
     assert (site.kind, site.units, len(site.cores)) == (SiteKind.ATTENTION, units, 1)
-    models.assert_as_exact_as(plain, got, want)
+    models.assert_as_exact_as(plain, got, want, others=others)
