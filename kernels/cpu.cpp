@@ -519,7 +519,8 @@ Floats exponential(Floats x) {
   // The last bits of `shifted` are n, the integer nearest to x / ln 2.
   Floats shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
   Floats rest = x - n * 0.693145752f - n * 1.42860677e-6f;
-  Floats y = rest * 1.38888889e-3f + 8.33333333e-3f;
+  Floats y = rest * 1.98412698e-4f + 1.38888889e-3f;
+  y = y * rest + 8.33333333e-3f;
   y = y * rest + 4.16666667e-2f;
   y = y * rest + 0.166666667f;
   y = y * rest + 0.5f;
