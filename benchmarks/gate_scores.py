@@ -30,6 +30,7 @@ from predictor_data import (
     dense_text,
     measured_before,
     model_and_texts,
+    rms_gradients,
     spread,
 )
 from torch import Tensor, nn
@@ -162,17 +163,10 @@ def sensitivities(model: nn.Module, rows: Tensor, seed: int) -> tuple[list[Tenso
             ),
         )
     ]
-    generator, squares = torch.Generator().manual_seed(seed), []
-    for batch in rows.split(4):
-        values.clear()
-        log_p = model(input_ids=batch, use_cache=False).logits.log_softmax(-1).flatten(0, 1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), values)
-        squares.append(torch.stack([g.flatten(0, -2).square().sum(0) for g in gradients]))
+    roots = rms_gradients(model, rows, values, seed)
     for handle in handles:
         handle.remove()
-    roots = (sum(squares) / rows.numel()).sqrt()
-    return list(roots[0::2]), list(roots[1::2])
+    return roots[0::2], roots[1::2]
 
 
 @torch.no_grad()

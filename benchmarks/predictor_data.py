@@ -70,25 +70,31 @@ class Study:
         return self.fits[key]
 
 
+def rms_gradients(model: nn.Module, rows: Tensor, values: list[Tensor], seed: int) -> list[Tensor]:
+    """Root of the mean squared gradient of log p by each of `values`, which hooks fill; next tokens drawn from the prediction."""
+    generator, squares = torch.Generator().manual_seed(seed), []
+    for batch in rows.split(4):
+        values.clear()
+        log_p = model(input_ids=batch, use_cache=False).logits.log_softmax(-1).flatten(0, 1)
+        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
+        gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), values)
+        squares.append(torch.stack([g.flatten(0, -2).square().sum(0) for g in gradients]))
+    return list((sum(squares) / rows.numel()).sqrt())
+
+
 def fisher_norms(model: nn.Module, rows: Tensor, seed: int) -> list[Tensor]:
     """Root of the mean squared gradient of log p by each unit; next tokens drawn from the prediction."""
-    modules, hidden, squares = linears(model), [], []
+    modules, hidden = linears(model), []
     handles = [
         modules[id(part.out)].register_forward_pre_hook(
             lambda module, args: hidden.append(args[0].requires_grad_())
         )
         for part in mlps(model)
     ]
-    generator = torch.Generator().manual_seed(seed)
-    for batch in rows.split(4):
-        hidden.clear()
-        log_p = model(input_ids=batch, use_cache=False).logits.log_softmax(-1).flatten(0, 1)
-        drawn = torch.multinomial(log_p.detach().exp(), 1, generator=generator)
-        gradients = torch.autograd.grad(log_p.gather(1, drawn).sum(), hidden)
-        squares.append(torch.stack([g.flatten(0, -2).square().sum(0) for g in gradients]))
+    found = rms_gradients(model, rows, hidden, seed)
     for handle in handles:
         handle.remove()
-    return list((sum(squares) / rows.numel()).sqrt())
+    return found
 
 
 def model_and_texts(

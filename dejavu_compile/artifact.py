@@ -35,11 +35,8 @@ FORMAT_VERSION = 4
 READABLE = (2, 3, 4)
 CONFIG = "dejavu_config.json"
 TENSORS = "predictors.safetensors"
-THRESHOLDED = (
-    Policy.PREDICT,
-    Policy.GATE,
-    Policy.SKETCH,
-)  # units run by a threshold, which sets the density
+# Units run by a threshold, which sets the density.
+THRESHOLDED = (Policy.PREDICT, Policy.GATE, Policy.SKETCH)
 
 
 @dataclass(frozen=True, slots=True)

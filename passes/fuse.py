@@ -16,6 +16,7 @@ import torch
 from torch import fx
 
 from .emit import Emitter
+from .glu import activation_of
 from .separable import aten
 
 ops = torch.ops.dejavu
@@ -66,9 +67,7 @@ def _activation(node: fx.Node, rows: fx.Node) -> str | None:
         return "relu2"
     if before != "identity":
         return None
-    if node.target is aten.gelu.default:
-        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
-    return {aten.relu.default: "relu", aten.silu.default: "silu"}.get(node.target)
+    return activation_of(node)
 
 
 def _fuse_activation(emit: Emitter, node: fx.Node) -> bool:
