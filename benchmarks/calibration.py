@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 import dejavu_compile as dv
-from dejavu_compile.bench import SHAPES, build, environment, write
+from dejavu_compile.bench import environment, write
+from dejavu_compile.shapes import SHAPES, build
 
 RESULTS = Path(__file__).parent / "results"
 WINDOW = 512
