@@ -112,7 +112,8 @@ KERNELS = {
         ),
         lambda a: gemv_key(a.x, a.weights, a.owner, a.score),
         lambda a: gemv_candidates(
-            a.x.shape[1], 0 if a.owner is None else a.weights[0].shape[0] // a.owner.numel(), a.x.shape[0]
+            a.x.shape[1], 0 if a.owner is None else a.weights[0].shape[0] // a.owner.numel(), a.x.shape[0],
+            len(a.weights),
         ),
         _heads,
         _gemv_written,
@@ -144,7 +145,7 @@ KERNELS = {
         ),
         lambda a: attention_key(a.q, a.k, a.v, a.mask, a.softcap, a.score),
         lambda a: attention_candidates(
-            a.k.shape[0] * a.k.shape[1], a.k.shape[2], a.k.element_size()
+            a.k.shape[0] * a.k.shape[1], a.k.shape[2], a.k.element_size(), a.q.shape[1] // a.k.shape[1]
         ),
         _heads,
     ),

@@ -65,17 +65,18 @@ def _attention_kernel(
     scale, softcap, kv_heads, slots, per_split,
     q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, mask_b, mask_h, mask_s,
     D: tl.constexpr, E: tl.constexpr, GROUP: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr,
-    SELECT: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr,
-    SCAN: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr,
+    SELECT: tl.constexpr, ROWS: tl.constexpr, SPLITS: tl.constexpr, JOIN: tl.constexpr,
+    SCAN: tl.constexpr, STAGES: tl.constexpr, GATED: tl.constexpr, DOT: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (batch * kv_heads, splits): the GROUP heads that share keys are rows of one product.
+    """Grid (batch * kv_heads, splits): the GROUP heads that share keys are ROWS rows of one product, by tensor cores (DOT) or,
+    of one row, without.
 
     MASK: 0 none, 1 boolean, 2 added. SCAN, a power of two, at least `per_split`: one boolean mask for all heads is
     read ahead, and no more where the slots that it allows have no holes between them; 0: it isn't. GATED: keys and
     values that a boolean mask hides aren't read, so the others wait for it.
-    A group of which no head runs ends at once. Of the others the last split to finish joins what all of them left. SPLITS is
-    a power of two, at least the number of splits.
+    A group of which no head runs ends at once. Of the others the last split to finish joins what all of them left, of JOIN
+    heads at a time. SPLITS is a power of two, at least the number of splits.
     """
     wait_for_previous(EARLY)
     at, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
@@ -110,18 +111,18 @@ def _attention_kernel(
             if tl.sum(seen.to(tl.int32), axis=0) == stop - begin:
                 largest, total, y = _attend(
                     begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
-                    D, E, 0, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, STAGES, GATED,
+                    D, E, 0, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, STAGES, GATED, DOT,
                 )  # fmt: skip
             else:
                 # Not staged: shared memory holds the buffers of both loops.
                 largest, total, y = _attend(
                     begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
-                    D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, 1, GATED,
+                    D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, 1, GATED, DOT,
                 )  # fmt: skip
         else:
             largest, total, y = _attend(
                 begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
-                D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, STAGES, GATED,
+                D, E, MASK, CAP, ROWS, BLOCK_S, BLOCK_D, BLOCK_E, STAGES, GATED, DOT,
             )  # fmt: skip
         if SPLITS == 1:
             whole = tl.where(runs & (total != 0.0), total, 1.0)
@@ -138,10 +139,10 @@ def _attention_kernel(
             tl.store(stats_ptr + 2 * place, largest, mask=runs)
             tl.store(stats_ptr + 2 * place + 1, total, mask=runs)
             if is_last(arrived_ptr + at, splits):
-                for r in range(GROUP):
+                for r in range(0, GROUP, JOIN):
                     _join(
-                        at * GROUP + r, part_ptr, stats_ptr, score_ptr, out_ptr, splits,
-                        E, SELECT, SPLITS, BLOCK_E,
+                        at * GROUP, r, part_ptr, stats_ptr, score_ptr, out_ptr, splits,
+                        E, GROUP, SELECT, SPLITS, JOIN, BLOCK_E,
                     )  # fmt: skip
     elif split == 0:
         zero = tl.zeros([ROWS, BLOCK_E], dtype=out_ptr.dtype.element_ty)
@@ -154,7 +155,7 @@ def _attend(
     begin, stop, q, runs, head, k_ptr, v_ptr, mask_ptr, factor, cap, k_s, v_s, mask_h, mask_s,
     D: tl.constexpr, E: tl.constexpr, MASK: tl.constexpr, CAP: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, STAGES: tl.constexpr,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """The slots from `begin` to `stop`: largest logit, sum of the weights, and the values' weighted sum, by row."""
     d = tl.arange(0, BLOCK_D)
@@ -177,11 +178,18 @@ def _attend(
             else:
                 added = tl.load(at_mask, mask=allowed, other=0.0).to(tl.float32)
         slot = slot.to(tl.int64)
-        # [BLOCK_D, BLOCK_S]
-        k = tl.load(
-            k_ptr + slot[None, :] * k_s + d[:, None],
-            mask=live[None, :] & (d[:, None] < D), other=0.0,
-        )  # fmt: skip
+        if DOT:
+            # [BLOCK_D, BLOCK_S]
+            k = tl.load(
+                k_ptr + slot[None, :] * k_s + d[:, None],
+                mask=live[None, :] & (d[:, None] < D), other=0.0,
+            )  # fmt: skip
+        else:
+            # [BLOCK_S, BLOCK_D]
+            k = tl.load(
+                k_ptr + slot[:, None] * k_s + d[None, :],
+                mask=live[:, None] & (d[None, :] < D), other=0.0,
+            )  # fmt: skip
         # [BLOCK_S, BLOCK_E]
         v = tl.load(
             v_ptr + slot[:, None] * v_s + e[None, :],
@@ -191,7 +199,10 @@ def _attend(
             v = tl.where(
                 shown[:, None], v, 0.0
             )  # what is hidden may be anything, and zero times NaN is NaN
-        s = tl.dot(q, k, input_precision="ieee") * factor
+        if DOT:
+            s = tl.dot(q, k, input_precision="ieee") * factor
+        else:
+            s = tl.sum(q.to(tl.float32) * k.to(tl.float32), axis=1)[None, :] * factor
         if CAP:
             s = cap * (2 * tl.sigmoid(2 * s) - 1)  # tanh
         s = tl.where(allowed, s + added, float("-inf"))
@@ -200,7 +211,11 @@ def _attend(
         anchor = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp(s - anchor[:, None])
         shrunk = tl.exp(largest - anchor)
-        y = y * shrunk[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        if DOT:
+            more = tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+        else:
+            more = tl.sum(tl.trans(weight) * v.to(tl.float32), axis=0)[None, :]
+        y = y * shrunk[:, None] + more
         total = total * shrunk + tl.sum(weight, axis=1)
         largest = higher
     return largest, total, y
@@ -208,61 +223,73 @@ def _attend(
 
 @jit
 def _join(
-    at, part_ptr, stats_ptr, score_ptr, out_ptr, splits,
-    E: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, BLOCK_E: tl.constexpr,
+    group_at, first, part_ptr, stats_ptr, score_ptr, out_ptr, splits,
+    E: tl.constexpr, GROUP: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, JOIN: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One head from what its splits left; zero for one that doesn't run."""
+    """JOIN heads from what their splits left, all asked for at once; zero for one that doesn't run."""
     e = tl.arange(0, BLOCK_E)
     s = tl.arange(0, SPLITS)
-    mine = s < splits
+    row = first + tl.arange(0, JOIN)
+    inside = row < GROUP
+    at = group_at + row
+    mine = inside[:, None] & (s < splits)[None, :]  # [JOIN, SPLITS]
     if SELECT:
-        score = tl.load(score_ptr + at + 0 * s).to(tl.float32)
-        mine = mine & ((score > 0) | (score != score))
-    place = at * splits + s
+        score = tl.load(score_ptr + at, mask=inside, other=-1.0).to(tl.float32)
+        mine = mine & ((score > 0) | (score != score))[:, None]
+    place = at[:, None] * splits + s[None, :]
     largest = tl.load(stats_ptr + 2 * place, mask=mine, other=float("-inf"), cache_modifier=".cg")
     total = tl.load(stats_ptr + 2 * place + 1, mask=mine, other=0.0, cache_modifier=".cg")
-    highest = tl.max(largest, axis=0)
-    anchor = tl.where(highest == float("-inf"), 0.0, highest)
-    weight = tl.exp(largest - anchor)
-    # [SPLITS, BLOCK_E]
+    # [JOIN, SPLITS, BLOCK_E]
     part = tl.load(
-        part_ptr + place.to(tl.int64)[:, None] * E + e[None, :],
-        mask=mine[:, None] & (e < E)[None, :], other=0.0, cache_modifier=".cg",
+        part_ptr + place.to(tl.int64)[:, :, None] * E + e[None, None, :],
+        mask=mine[:, :, None] & (e < E)[None, None, :], other=0.0, cache_modifier=".cg",
     )  # fmt: skip
-    whole = tl.sum(weight * total, axis=0)
-    y = tl.sum(weight[:, None] * part, axis=0) / tl.where(whole == 0.0, 1.0, whole)
-    tl.store(out_ptr + at * E + e, y.to(out_ptr.dtype.element_ty), mask=e < E)
+    highest = tl.max(largest, axis=1)
+    anchor = tl.where(highest == float("-inf"), 0.0, highest)
+    weight = tl.exp(largest - anchor[:, None])
+    whole = tl.sum(weight * total, axis=1)
+    y = tl.sum(weight[:, :, None] * part, axis=1) / tl.where(whole == 0.0, 1.0, whole)[:, None]
+    out = out_ptr + at[:, None] * E + e[None, :]
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (e < E)[None, :])
 
 
 BLOCK_S = 64
 MOST_SCANNED = 4096  # slots of a mask
 GATED_ABOVE = 2 * PROCESSORS  # blocks of keys
 LEAST = 16  # rows and columns of a matrix product
+MOST_JOINED = 8192  # elements of parts that one program holds at a time
 MOST_SPLITS = 128  # whose parts one program joins
 
 
-def attention_config(groups: int, slots: int, itemsize: int) -> Config:
+def attention_config(groups: int, slots: int, itemsize: int, group: int = 1) -> Config:
     """One block a program where that fills the chip a few times over at most; else four programs a multiprocessor.
 
-    `itemsize`: bytes of an element of the cache. (H200, 8 to 72 groups, 512 to 32k slots)
+    `groups` of `group` heads that share keys, of all sequences; `itemsize`: bytes of an element of the cache. (H200, 8 to 72
+    groups, 512 to 32k slots)
     """
     blocks = cdiv(slots, BLOCK_S)
-    few = groups * blocks <= 6 * PROCESSORS
-    splits = blocks if few else max(1, min(cdiv(4 * PROCESSORS, groups), 64, cdiv(blocks, 2)))
+    if groups * blocks <= 6 * PROCESSORS:
+        block_s, warps = (BLOCK_S, 4) if group > 1 else (BLOCK_S // 2, 1)
+        return {
+            "splits": cdiv(slots, block_s), "per_split": block_s, "BLOCK_S": block_s,
+            "num_warps": warps, "STAGES": 1,
+        }  # fmt: skip
+    splits = max(1, min(cdiv(4 * PROCESSORS, groups), 64, cdiv(blocks, 2)))
     per_split = cdiv(blocks, splits)
     return {
         "splits": cdiv(blocks, per_split), "per_split": per_split * BLOCK_S, "BLOCK_S": BLOCK_S,
-        "num_warps": 2 if few else 4, "STAGES": 1 if per_split == 1 else 3 if itemsize <= 2 else 2,
+        "num_warps": 4, "STAGES": 1 if per_split == 1 else 3 if itemsize <= 2 else 2,
     }  # fmt: skip
 
 
-def attention_candidates(groups: int, slots: int, itemsize: int) -> list[Config]:
+def attention_candidates(groups: int, slots: int, itemsize: int, group: int = 1) -> list[Config]:
     """`attention_config`, with other warps, and with half to four times as many slots a program, in other blocks."""
-    rule = attention_config(groups, slots, itemsize)
+    rule = attention_config(groups, slots, itemsize, group)
     others = [{**rule, "num_warps": warps} for warps in (2, 4, 8)]
     per_split = rule["per_split"]
     for share, block_s, warps in (
-        (per_split // 2, 64, 4), (2 * per_split, 64, 4), (per_split, 128, 4), (per_split, 32, 2),
+        (64, 64, 4), (per_split // 2, 64, 4), (2 * per_split, 64, 4), (per_split, 128, 4), (per_split, 32, 2),
         (2 * per_split, 128, 4), (per_split // 2, 32, 4), (4 * per_split, 64, 4),
     ):  # fmt: skip
         share = max(share, block_s)
@@ -291,8 +318,8 @@ def launch_attention(
 ) -> Tensor:  # fmt: skip
     """Launch `_attention_kernel`, wrapped or not."""
     (batch, heads, _, d), (kv_heads, slots, e) = q.shape, v.shape[1:]
-    groups = batch * kv_heads
-    rule = attention_config(groups, slots, k.element_size())
+    groups, group = batch * kv_heads, heads // kv_heads
+    rule = attention_config(groups, slots, k.element_size(), group)
     config = dict(config or config_for(attention_key(q, k, v, mask, softcap, score), rule))
     splits, per_split = config.pop("splits"), config.pop("per_split")
     check_arrived(arrived, groups)
@@ -310,15 +337,17 @@ def launch_attention(
             scan = power_of_2(per_split)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     score = None if score is None else score.contiguous()
-    group = heads // kv_heads
+    # One row in one block: to lay keys out for the tensor cores would take longer than the product.
+    dot = group > 1 or per_split > config["BLOCK_S"]
+    block_e, padded = max(LEAST, power_of_2(e)), power_of_2(splits)
     kernel[(groups, splits)](
         q, k, v, q if mask is None else mask, q if score is None else score, part, stats, arrived, out,
         scale, softcap, kv_heads, slots, per_split, q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *mask_strides,
         D=d, E=e, GROUP=group, MASK=kind, CAP=softcap != 0, SELECT=score is not None,
-        ROWS=max(LEAST, power_of_2(group)), SPLITS=power_of_2(splits), SCAN=scan, GATED=gated,
-        EARLY=False,
-        BLOCK_D=max(LEAST, power_of_2(d)), BLOCK_E=max(LEAST, power_of_2(e)), **config,
+        ROWS=max(LEAST, power_of_2(group)) if dot else 1, SPLITS=padded,
+        JOIN=min(power_of_2(group), max(1, MOST_JOINED // (padded * block_e))), SCAN=scan, GATED=gated,
+        DOT=dot, EARLY=False, BLOCK_D=max(LEAST, power_of_2(d)), BLOCK_E=block_e, **config,
     )  # fmt: skip
     return out
 

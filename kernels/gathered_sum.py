@@ -50,9 +50,15 @@ def rows_of(weight_ptr, unit, live, column, d, stride):
 
 
 @jit
+def _unit(index_ptr, slot, n):
+    """The units of some slots."""
+    return tl.load(index_ptr + slot, mask=slot < n, other=0, cache_modifier=".cg")
+
+
+@jit
 def _asked(weight_ptr, index_ptr, slot, last, column, n, d, stride):
     """The units of some slots, and their weights, which are on their way."""
-    unit = tl.load(index_ptr + slot, mask=slot < n, other=0, cache_modifier=".cg")
+    unit = _unit(index_ptr, slot, n)
     return unit, rows_of(weight_ptr, unit, slot < last, column, d, stride)
 
 
@@ -129,16 +135,16 @@ def _sum_kernel(
             start += 4 * BLOCK_J
             slot += 4 * BLOCK_J
             unit, w = _asked(weight_ptr, index_ptr, slot, last, column, n, d, weight_stride)
+        next_unit = _unit(index_ptr, slot + BLOCK_J, n)
         for _ in range(start, last, BLOCK_J):
             following = slot + BLOCK_J
-            # The next round's weights are asked for before this one's are waited for.
-            next_unit, next_w = _asked(
-                weight_ptr, index_ptr, following, last, column, n, d, weight_stride
-            )
+            # The next round's weights are asked for before this one's are waited for, and its units a round earlier.
+            next_w = rows_of(weight_ptr, next_unit, following < last, column, d, weight_stride)
+            unit_after = _unit(index_ptr, following + BLOCK_J, n)
             total0, total1, total2, total3 = _add(
                 total0, total1, total2, total3, values, n, slot, unit, w, last, TOKENS - group, COMPACTED
             )  # fmt: skip
-            slot, unit, w = following, next_unit, next_w
+            slot, unit, w, next_unit = following, next_unit, next_w, unit_after
         totals = total0, total1, total2, total3
         for token in tl.static_range(TOKENS - group if TOKENS - group < 4 else 4):
             part = (split * TOKENS + group + token).to(tl.int64) * d + column
@@ -150,8 +156,8 @@ def _sum_kernel(
 
 
 def sum_config(n: int, d: int, tokens: int = 1) -> Config:
-    """Weights that fill the registers before the wait; of several tokens, sums. (H200, d 4096 at 10 and 50 %; H100, d 9216
-    at 10 %, and 2 to 8 tokens)"""
+    """Weights that fill the registers before the wait; of several tokens, sums. Four programs a multiprocessor: one more and some
+    wait for room. (H200, d 4096 to 12288 at 10 and 50 %; H100, 2 to 8 tokens)"""
     if tokens > 1:
         block_j, block_d = (32, 64) if d <= 4096 else (16, 128)
         block_d = min(block_d, power_of_2(d))
@@ -167,8 +173,9 @@ def sum_config(n: int, d: int, tokens: int = 1) -> Config:
         block_d = min(64, power_of_2(d))
         splits = max(1, min(16, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 256)))
         return {"BLOCK_J": 64, "BLOCK_D": block_d, "num_warps": 4, "splits": splits, "FOUR": True}
-    splits = max(1, min(16, 3 * PROCESSORS // cdiv(d, 128), cdiv(n, 64)))
-    return {"BLOCK_J": 64, "BLOCK_D": 128, "num_warps": 4, "splits": splits, "FOUR": True}
+    block_j, block_d = (8, 512) if d > 9216 else (32, 128)
+    splits = max(1, min(32, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 64)))
+    return {"BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits, "FOUR": True}
 
 
 def sum_candidates(n: int, d: int, tokens: int = 1) -> list[Config]:
@@ -186,12 +193,12 @@ def sum_candidates(n: int, d: int, tokens: int = 1) -> list[Config]:
     if tokens == 1:
         others += [{**rule, "FOUR": not rule["FOUR"]}]
         tiles = [
-            (64, 64, 4, True), (32, 128, 4, True), (32, 64, 4, True), (64, 128, 8, True), (16, 256, 4, True),
+            (32, 128, 4, True), (8, 512, 4, True), (64, 64, 4, True), (32, 64, 4, True), (64, 128, 4, True),
             (64, 64, 4, False), (32, 128, 4, False), (128, 32, 4, True),
         ]  # fmt: skip
     for block_j, block_d, warps, four in tiles:
         block_d = min(block_d, power_of_2(d))
-        splits = max(1, min(16, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 64)))
+        splits = max(1, min(32, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 64)))
         others.append(
             {"BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": warps, "splits": splits, "FOUR": four}
         )  # fmt: skip

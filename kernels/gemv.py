@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import cdiv, empty, jit, tl, wait_for_previous, wrap_triton
+from ._triton import cdiv, empty, jit, power_of_2, tl, wait_for_previous, wrap_triton
 from .activations import REFERENCE, activate
 from .rows import check_rows, dots, first_columns, other_row_blocks, row_blocks
 from .tuning import Config, candidates, config_for, key_of
@@ -152,22 +152,28 @@ def _gemv_kernel(
         )  # fmt: skip
 
 
-def gemv_config(d: int, owned: bool = False, tokens: int = 1) -> Config:
-    """The loop is 8 % faster for rows in short steps (d 9216 on an H200), 10 % slower for long ones (4096).
+def gemv_config(d: int, owned: bool = False, tokens: int = 1, weights: int = 1) -> Config:
+    """One short step a thread where rows are short. (H200, d 4096)
 
-    Where heads own rows it costs 20 % at d 9216, for reasons of the compiler's that we don't know.
+    The loop is 8 % faster for rows in short steps (d 9216 on an H200), but 15 % slower for several weights, and where heads
+    own rows 20 %, for reasons of the compiler's that we don't know.
     """
     if tokens > 1:
         return {**row_blocks(d, tokens), "LOOP": False}
+    if d <= 4096 and not owned:
+        return {"BLOCK_J": 1, "BLOCK_D": min(1024, power_of_2(d)), "num_warps": 4, "LOOP": False}
     if owned and d > 4096:
         return {"BLOCK_J": 4, "BLOCK_D": 2048, "num_warps": 4, "LOOP": False}
     blocks = row_blocks(d)
-    return {**blocks, "LOOP": d % blocks["BLOCK_D"] == 0 and blocks["BLOCK_D"] < 2048}
+    loops = weights == 1 and d % blocks["BLOCK_D"] == 0 and blocks["BLOCK_D"] < 2048
+    return {**blocks, "LOOP": loops}
 
 
-def gemv_candidates(d: int, owned_rows: int = 0, tokens: int = 1) -> list[Config]:
+def gemv_candidates(
+    d: int, owned_rows: int = 0, tokens: int = 1, weights: int = 1
+) -> list[Config]:
     """`gemv_config`, its other form, and other tiles in both; `owned_rows` of a head, 0 for none, are never split."""
-    rule = gemv_config(d, owned_rows > 0, tokens)
+    rule = gemv_config(d, owned_rows > 0, tokens, weights)
     tiles = [
         blocks for blocks in other_row_blocks(d, tokens) if owned_rows % blocks["BLOCK_J"] == 0
     ]
@@ -195,7 +201,7 @@ def launch_gemv(
         check_rows(weight)
     tokens, d = x.shape
     sizes = [weight.shape[0] for weight in weights]
-    rule = gemv_config(d, owner is not None, tokens)
+    rule = gemv_config(d, owner is not None, tokens, len(weights))
     config = dict(config or config_for(gemv_key(x, weights, owner, score), rule))
     owned_rows = heads = 1
     if owner is not None:
