@@ -14,7 +14,7 @@ can't be imported or run is a row that says why, and stops nothing else.
 
 Method: each side is checked against its oracle, a dense computation in fp32 with everything else zeroed, and timed only if
 it is right. Kernels are timed in a CUDA graph over so many layers that no weights are left in L2; theirs after their own
-autotuning. A side's bytes are the weights, or keys and values, that it has to read; "of copy" is what it reads a second,
+autotuning; ours are launched early, as in a compiled decode step. A side's bytes are the weights, or keys and values, that it has to read; "of copy" is what it reads a second,
 as a share of what a copy does. "ratio" is their time over ours.
 """
 
@@ -43,13 +43,14 @@ from peer_rows import (
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dejavu_compile._compat import compile_counters
+from dejavu_compile._compat import compile_counters, has_early_launch
 from dejavu_compile.bench import environment, measure, time_us, write
 from dejavu_compile.decode_step import TOLERANCE, DecodeStep, Reference, compared_with
 from dejavu_compile.kernels.attention import _attention_kernel, launch_attention
 from dejavu_compile.kernels.gathered_sum import _sum_kernel, launch_sum
 from dejavu_compile.kernels.rows import _rows_kernel, launch_rows
 from dejavu_compile.kernels.selection import _compact_kernel, launch_compact
+from dejavu_compile.launches import LaunchedEarly
 from dejavu_compile.random_selections import attach_gates
 from dejavu_compile.shapes import build, cache_bytes, in_float32, weight_bytes
 
@@ -89,14 +90,23 @@ class Mlps:
 
     def ours(self, i: int) -> Tensor:
         """Up rows, relu, down sum; to fp16, as theirs."""
-        h = launch_rows(_rows_kernel, self.x, self.up[i], self.bias, self.selection, "relu")
-        y = launch_sum(_sum_kernel, h, self.down[i], *self.selection, True, self.arrived)
+        h = launch_rows(
+            in_a_step(_rows_kernel), self.x, self.up[i], self.bias, self.selection, "relu"
+        )
+        y = launch_sum(
+            in_a_step(_sum_kernel), h, self.down[i], *self.selection, True, self.arrived
+        )
         return y.to(self.x.dtype)
 
     def case(self, what: str, theirs: Callable[[int], Tensor], note: str) -> Case:
         """Against one of theirs."""
         ours, other = (Side(run, self.expected, self.num_bytes) for run in (self.ours, theirs))
         return Case(what, self.shape, self.density, self.x.dtype, self.layers, ours, other, note)
+
+
+def in_a_step(kernel: Any) -> Any:
+    """One of our kernels as a compiled decode step launches it: early, where the GPU can."""
+    return LaunchedEarly(kernel) if has_early_launch(torch.device("cuda")) else kernel
 
 
 def as_selection(chosen: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -170,13 +180,17 @@ class Projections:
 
     def summed(self, i: int) -> Tensor:
         """Ours, of a selection that is given."""
-        y = launch_sum(_sum_kernel, self.x, self.weights[i], *self.selection, False, self.arrived)
+        y = launch_sum(
+            in_a_step(_sum_kernel), self.x, self.weights[i], *self.selection, False, self.arrived
+        )
         return y.to(self.x.dtype)
 
     def found_and_summed(self, i: int) -> Tensor:
         """Ours, with the launch that makes the selection."""
-        selection = launch_compact(_compact_kernel, self.x, self.threshold)
-        y = launch_sum(_sum_kernel, self.x, self.weights[i], *selection, False, self.arrived)
+        selection = launch_compact(in_a_step(_compact_kernel), self.x, self.threshold)
+        y = launch_sum(
+            in_a_step(_sum_kernel), self.x, self.weights[i], *selection, False, self.arrived
+        )
         return y.to(self.x.dtype)
 
 
@@ -194,7 +208,9 @@ class OutputRows:
 
     def run(self, i: int) -> Tensor:
         """Ours: by slot."""
-        y = launch_rows(_rows_kernel, self.x, self.weights[i], None, self.selection, "identity")
+        y = launch_rows(
+            in_a_step(_rows_kernel), self.x, self.weights[i], None, self.selection, "identity"
+        )
         return y[:, : self.count]
 
 
@@ -265,7 +281,7 @@ def polar_attention_cases(
 
         def ours(i: int, q=q, ks=ks, vs=vs, score=score, arrived=arrived, scale=scale) -> Tensor:
             return launch_attention(
-                _attention_kernel, q, ks[i], vs[i], None, scale, 0.0, score, arrived
+                in_a_step(_attention_kernel), q, ks[i], vs[i], None, scale, 0.0, score, arrived
             )
 
         def theirs(

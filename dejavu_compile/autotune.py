@@ -28,7 +28,7 @@ import dejavu_compile.kernels
 from dejavu_compile.kernels.tuning import Config
 
 from ._compat import has_early_launch, inductor_cache_dir, unset_fake_temporarily
-from .launches import Launch, made_up
+from .launches import Launch, LaunchedEarly, made_up
 
 log = logging.getLogger(__name__)
 
@@ -282,7 +282,7 @@ class GraphTimer:
         cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
         self.arguments = made_up(launch, cache_bytes)
         early = has_early_launch(self.device)
-        self.kernel = _LaunchedEarly(launch.kernel.kernel) if early else launch.kernel.kernel
+        self.kernel = LaunchedEarly(launch.kernel.kernel) if early else launch.kernel.kernel
         self.stream = torch.cuda.Stream(self.device)
         self.expected: torch.Tensor | None = None
 
@@ -339,14 +339,3 @@ class GraphTimer:
         end.record()
         end.synchronize()
         return 1e3 * begin.elapsed_time(end)
-
-
-class _LaunchedEarly:
-    """A kernel whose programs start while the kernel before drains."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple) -> Callable[..., Any]:
-        run = self.kernel[grid]
-        return lambda *args, **kwargs: run(*args, **{**kwargs, "EARLY": True, "launch_pdl": True})

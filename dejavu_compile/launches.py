@@ -47,6 +47,17 @@ SETS = 64  # of weights, at most, for launches in a row
 CACHES = 3  # times the size of the L2 cache: what is read before a weight is read again
 
 
+class LaunchedEarly:
+    """A kernel whose programs start while the kernel before drains, as in a decode step (`kernels._triton.wait_for_previous`)."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple) -> Callable[..., Any]:
+        run = self.kernel[grid]
+        return lambda *args, **kwargs: run(*args, **{**kwargs, "EARLY": True, "launch_pdl": True})
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Kernel:
     """An op's launcher, by the op's own arguments.

@@ -93,7 +93,7 @@ def test_two_thousand_tokens_of_a_trained_decoder_equal_eager(attached, prepared
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().cuda()
     if attached:
         calibration = dv.calibrate(
-            model, [text(5, batch=2, length=128).cuda()] * 2, policy="predict", density=1.0, progress=False
+            model, [text(5, batch=4, length=128).cuda()] * 3, policy="predict", density=1.0, progress=False
         )  # fmt: skip
         selecting_everything(calibration).attach(model)
     inputs = tokenizer("class Tree:\n    def __init__(self", return_tensors="pt").to("cuda")
