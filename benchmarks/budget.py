@@ -2,9 +2,10 @@
 
     python benchmarks/budget.py --model demo/models/opt-python-8m
 
-Each seed draws windows of demo/text/calibration.txt at random, learns from five sixths of them, and searches for each budget
-on the last sixth, as `dv.calibrate` does; its predictors are fitted once for all budgets. What was chosen is then
-measured on demo/text/heldout.txt, which decides nothing. `ratio`: the increase there, as a share of what was asked;
+Each seed is a user with a text of his own: documents of demo/text/calibration.txt in an order of its own, the first windows
+of these, about half of the documents. From there it goes as in `dv.calibrate`: five sixths are learnt from, and the search
+for each budget judges on a sixth; predictors are fitted once for all budgets. What was chosen is then measured on
+demo/text/heldout.txt, other documents, which decide nothing. `ratio`: the increase there, as a share of what was asked;
 `read`: the bytes that the sites with a policy read a step by the cost model, as a share of dense. Rows are written one by
 one; a run that was interrupted goes on. Prints one table last.
 """
@@ -31,6 +32,7 @@ from dejavu_compile.text import windows
 from dejavu_compile.workdir import Memory, Tensors
 
 ROOT = Path(__file__).parents[1]
+WINDOW = 512  # tokens
 ALLOWED = 1.25  # of what was asked, on other text
 
 
@@ -49,10 +51,14 @@ class _Once(Memory):
         return self._made[name]
 
 
-def drawn(rows: torch.Tensor, count: int, seed: int) -> list[torch.Tensor]:
-    """Batches of `count` windows, drawn without replacement."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    return list(rows[order[:count]].split(4))
+def drawn(tokenizer: Any, path: Path, count: int, seed: int) -> list[torch.Tensor]:
+    """Batches of the first `count` windows of the documents in `path`, in an order of the seed."""
+    documents = path.read_text(encoding="utf-8").split(tokenizer.eos_token)
+    order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
+    text = tokenizer.eos_token.join(documents[number] for number in order.tolist())
+    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
+    rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    return list(rows[:count].split(4))
 
 
 def repetition(
@@ -121,24 +127,24 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().to(device)
-    rows = torch.cat(windows(tokenizer, args.text / "calibration.txt"))
     held_out = check_batches(
         model, windows(tokenizer, args.text / "heldout.txt", limit=args.held_out_windows)
     )
     result: dict[str, Any] = {
         "model": Path(args.model).name, "windows": args.windows,
-        "held_out_windows": args.held_out_windows, "rows": [],
+        "held_out_windows": args.held_out_windows, "drawn": "documents", "rows": [],
     }  # fmt: skip
     if args.out.exists():
         before = json.loads(args.out.read_text(encoding="utf-8"))
-        if any(before[key] != result[key] for key in ("model", "windows", "held_out_windows")):
+        same = ("model", "windows", "held_out_windows", "drawn")
+        if any(before.get(key) != result[key] for key in same):
             raise SystemExit(f"{args.out} holds another run: give another --out, or remove it")
         result["rows"] = before["rows"]
     done = {(row["policy"], row["seed"], row["budget"]) for row in result["rows"]}
     for policy in args.policies:
         for seed in args.seeds:
             left = [b for b in args.budgets if (policy, seed, b) not in done]
-            text = drawn(rows, args.windows, seed)
+            text = drawn(tokenizer, args.text / "calibration.txt", args.windows, seed)
             for row in repetition(model, text, held_out, policy, seed, left) if left else ():
                 result["rows"].append(row)
                 write(args.out, result)

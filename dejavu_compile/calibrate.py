@@ -279,14 +279,22 @@ def _store(
 
 
 def learn_and_judge(batches: list[Batch]) -> tuple[list[Batch], list[Batch]]:
-    """The batches to learn from, and the last sixth, to measure quality on; one batch is both."""
+    """The batches to learn from, and a sixth, to measure quality on, both in their order; one batch is both.
+
+    That sixth is spread evenly over all, the middle of each part: documents differ more in what they lose than windows
+    do, and the end of a text holds few of them.
+    """
     if len(batches) == 1:
         log.warning(
             "calibrating on a single batch: quality is measured on the text that was learnt from"
         )
         return batches, batches
-    held = max(1, len(batches) // 6)
-    return batches[:-held], batches[-held:]
+    parts = max(1, len(batches) // 6)
+    judged = {(2 * part + 1) * len(batches) // (2 * parts) for part in range(parts)}
+    return (
+        [batch for number, batch in enumerate(batches) if number not in judged],
+        [batches[number] for number in sorted(judged)],
+    )
 
 
 def alternatives(
@@ -400,8 +408,8 @@ def calibrate(
 ) -> Calibration:
     """Fit predictors and thresholds for every site of `model`, and attach them.
 
-    batches: iterable of `input_ids` [B, T], or of dicts of model inputs; the last sixth of the batches
-    is kept for measuring quality where there are at least two. policy: "auto", "predict", "sketch", "gate",
+    batches: iterable of `input_ids` [B, T], or of dicts of model inputs, in reading order; a sixth
+    of the batches, spread evenly, is kept for measuring quality where there are at least two. policy: "auto", "predict", "sketch", "gate",
     "exact" or "dense". density: the share of MLP units to keep, in (0, 1], and `head_density` that of attention
     heads (1 if only the other is given); with neither, each site gets a policy and a density so that the fewest bytes
     are read while perplexity stays within `max_ppl_increase` of dense, with 95 % confidence: little text for
@@ -422,7 +430,7 @@ def calibrate(
         "policy": policy, "max_ppl_increase": max_ppl_increase, "density": density, "head_density": head_density,
         "lookahead": lookahead, "seed": seed,
     }  # fmt: skip
-    store = _store(workdir, model, checked, options)
+    store = _store(workdir, model, [*learn, *judge], options)
     bars = Bars(progress)
     try:
         searched = density is None and head_density is None

@@ -4,10 +4,13 @@ import sys
 import pytest
 import torch
 from accelerate import cpu_offload
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import HIDDEN, VOCABULARY, text, texts, tiny
 
 import dejavu_compile as dv
 from dejavu_compile.attachments import attached
+from dejavu_compile.calibrate import learn_and_judge
 from dejavu_compile.evaluate import Evaluation
 
 
@@ -48,6 +51,22 @@ def test_bad_batch_is_refused_by_its_number(batch, words):
     with pytest.raises(dv.CalibrationError, match=words) as caught:
         dv.calibrate(tiny("opt"), [text(1), batch], progress=False)
     assert "batch 1" in str(caught.value)
+
+
+@given(st.integers(2, 200))
+def test_a_sixth_is_judged_of_every_part_of_the_text(count):
+    learn, judge = learn_and_judge(list(range(count)))
+    assert sorted(learn + judge) == list(range(count))
+    assert learn == sorted(learn)
+    assert judge == sorted(judge)
+    assert len(judge) == max(1, count // 6)
+    away = max(min(abs(batch - other) for other in judge) for batch in learn)
+    assert away <= count / len(judge) / 2 + 1, "none of the text is far from what is judged"
+
+
+def test_a_single_batch_is_learnt_from_and_judged_with_a_warning(caplog):
+    assert learn_and_judge([1]) == ([1], [1])
+    assert "single batch" in caplog.text
 
 
 def test_training_mode_is_refused():
