@@ -2,8 +2,8 @@
 
     python benchmarks/budget.py --model demo/models/opt-python-8m
 
-Each seed is a user with a text of his own: documents of demo/text/calibration.txt in an order of its own, the first windows
-of these, about half of the documents. From there it goes as in `dv.calibrate`: five sixths are learnt from, and the search
+Each seed is a user with a text of his own: documents of demo/text/calibration.txt in an order of its own, windows spread
+evenly over these, as `dejavu calibrate --text` takes them. From there it goes as in `dv.calibrate`: five sixths are learnt from, and the search
 for each budget judges on a sixth; predictors are fitted once for all budgets. What was chosen is then measured on
 demo/text/heldout.txt, other documents, which decide nothing. `ratio`: the increase there, as a share of what was asked;
 `read`: the bytes that the sites with a policy read a step by the cost model, as a share of dense. Rows are written one by
@@ -52,13 +52,14 @@ class _Once(Memory):
 
 
 def drawn(tokenizer: Any, path: Path, count: int, seed: int) -> list[torch.Tensor]:
-    """Batches of the first `count` windows of the documents in `path`, in an order of the seed."""
+    """Batches of `count` windows, spread evenly over the documents in `path`, in an order of the seed."""
     documents = path.read_text(encoding="utf-8").split(tokenizer.eos_token)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     text = tokenizer.eos_token.join(documents[number] for number in order.tolist())
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-    return list(rows[:count].split(4))
+    at = torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()
+    return list(rows[at].split(4))
 
 
 def repetition(
@@ -132,7 +133,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     )
     result: dict[str, Any] = {
         "model": Path(args.model).name, "windows": args.windows,
-        "held_out_windows": args.held_out_windows, "drawn": "documents", "rows": [],
+        "held_out_windows": args.held_out_windows, "drawn": "spread", "rows": [],
     }  # fmt: skip
     if args.out.exists():
         before = json.loads(args.out.read_text(encoding="utf-8"))
