@@ -90,8 +90,10 @@ def _choose(policy: str, record: Recording, source: Recording | None, rank: int)
         return Policy.GATE if site.gate is not None else Policy.DENSE
     if policy == "predict":
         return Policy.PREDICT if can_predict else fallback
-    # Without exact zeros a low-rank guess of |activation| was worse than the gate itself (SwiGLU decoder). A sketch is
-    # better than both, and will be the choice here once it is timed on a GPU.
+    # Without exact zeros a low-rank guess of |activation| was worse than the gate itself, and a sketch of both projections
+    # reads less than the gate and loses a fifth of what that does (SwiGLU decoders; docs/evidence.md).
+    if site.exact is None and record.pair is not None:
+        return Policy.SKETCH
     if site.exact is None and site.gate is not None and len(site.row_leaves) > 1:
         return Policy.GATE
     return Policy.PREDICT if can_predict else fallback
