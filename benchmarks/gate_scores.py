@@ -12,7 +12,6 @@ measured, on the texts of predictors.py; one threshold for all layers. "reads" i
 token takes, a half of all units run. Prints one table last and writes JSON, after every variant.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -24,11 +23,10 @@ import torch
 import torch.nn.functional as F
 from predictor_data import (
     GRADIENT_WINDOWS,
-    ROOT,
     Text,
     arguments,
+    begin,
     dense_text,
-    measured_before,
     model_and_texts,
     rms_gradients,
     spread,
@@ -36,7 +34,7 @@ from predictor_data import (
 from torch import Tensor, nn
 from up_approximations import Moments, few_bits, low_rank, moments
 
-from dejavu_compile.bench import environment, write
+from dejavu_compile.bench import write
 from dejavu_compile.evaluate import Evaluation, Tally, log_probabilities, predicted
 from dejavu_compile.predictors import rank_for_budget, threshold_for_density
 from dejavu_compile.shapes import linears, mlps
@@ -434,12 +432,9 @@ def table(results: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Parse the command line, run, write JSON after every variant."""
     args = arguments(__doc__.splitlines()[0], "llama-python-8m").parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text(encoding="utf-8"))["variants"]))
+    results = begin(args, "gate-scores", table)
+    if results is None:
         return
-    args.out = args.out or ROOT / f"benchmarks/results/gate-scores-{args.model.name}.json"
-    print(environment(), flush=True)
-    results = measured_before(args)
     study = prepare(args.model, *args.windows)
     chosen = [v for v in VARIANTS if not args.only or v.name in args.only]
     for variant in (v for v in chosen if v.name not in {r["name"] for r in results}):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dejavu_compile.batches import Batch, check_batches
+from dejavu_compile.bench import environment
 from dejavu_compile.collect import Recording, collect
 from dejavu_compile.evaluate import log_probabilities, predicted
 from dejavu_compile.passes.site import SiteKind
@@ -130,8 +132,18 @@ def arguments(description: str, model: str) -> argparse.ArgumentParser:
     return parser
 
 
-def measured_before(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The variants that a run before has left in --out, if it had the same windows; none without --resume."""
+def begin(
+    args: argparse.Namespace, study: str, table: Callable[[list[dict[str, Any]]], str]
+) -> list[dict[str, Any]] | None:
+    """The variants that a run before has left in --out, with --resume and of the same windows; says where this one runs.
+
+    None, and the table printed, where --table asks for no run at all.
+    """
+    if args.table:
+        print(table(json.loads(args.table.read_text(encoding="utf-8"))["variants"]))
+        return None
+    args.out = args.out or ROOT / f"benchmarks/results/{study}-{args.model.name}.json"
+    print(environment(), flush=True)
     if not args.resume or not args.out.exists():
         return []
     before = json.loads(args.out.read_text(encoding="utf-8"))

@@ -12,7 +12,6 @@ recall: share of the contributions' sum that runs, and of the units that pass `c
 ran on the held-out text. Prints one table last and writes JSON, after every variant; --resume goes on from there.
 """
 
-import json
 import math
 import statistics
 import time
@@ -21,11 +20,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from predictor_data import ROOT, Study, Text, arguments, measured_before, prepare
+from predictor_data import Study, Text, arguments, begin, prepare
 from predictor_variants import UNROUNDED, VARIANTS, Scorer, Variant
 from torch import Tensor, nn
 
-from dejavu_compile.bench import environment, write
+from dejavu_compile.bench import write
 from dejavu_compile.evaluate import Evaluation, Tally, log_probabilities, predicted
 from dejavu_compile.predictors import SiteExamples, threshold_for_density
 from dejavu_compile.shapes import linears, mlps
@@ -197,12 +196,9 @@ def main() -> None:
     parser = arguments(__doc__.splitlines()[0], "opt-python-8m")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
-    if args.table:
-        print(table(json.loads(args.table.read_text(encoding="utf-8"))["variants"]))
+    results = begin(args, "predictors", table)
+    if results is None:
         return
-    args.out = args.out or ROOT / f"benchmarks/results/predictors-{args.model.name}.json"
-    print(environment(), flush=True)
-    results = measured_before(args)
     study = prepare(args.model, *args.windows)
 
     def add(variant: Variant, seed: int) -> None:
