@@ -410,8 +410,8 @@ def calibrate(
 ) -> Calibration:
     """Fit predictors and thresholds for every site of `model`, and attach them.
 
-    batches: iterable of `input_ids` [B, T], or of dicts of model inputs, in reading order; a sixth
-    of the batches, spread evenly, is kept for measuring quality where there are at least two. policy: "auto", "predict", "sketch", "gate",
+    batches: iterable of `input_ids` [B, T], or of dicts of model inputs, in reading order; a sixth of the batches, spread
+    evenly, is kept for measuring quality where there are at least two. policy: "auto", "predict", "sketch", "gate",
     "exact" or "dense". density: the share of MLP units to keep, in (0, 1], and `head_density` that of attention
     heads (1 if only the other is given); with neither, each site gets a policy and a density so that the fewest bytes
     are read while perplexity stays within `max_ppl_increase` of dense, with 95 % confidence: little text for

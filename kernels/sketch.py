@@ -133,9 +133,7 @@ def _products(low, high, pairs, x_ptr, at, inside, DIGITS: tl.constexpr, WORDS: 
 
 
 def sketch_config(words: int) -> Config:
-    """Few rows for one warp each: no sums across warps. (H200, 256 words: 13.6 us for 14336 rows, of eight rows for four
-    warps 15)
-    """
+    """Few rows for one warp each: no sums across warps. (H200, 14336 rows of 256 words: 13.6 us; eight rows for four warps 21)"""
     return {"BLOCK_R": 2, "BLOCK_S": min(128, power_of_2(words)), "num_warps": 1}
 
 
