@@ -3,9 +3,9 @@
     python benchmarks/budget.py --model demo/models/opt-python-8m
 
 Each seed is a user with a text of his own: documents of demo/text/calibration.txt in an order of its own, windows spread
-evenly over these, as `dejavu calibrate --text` takes them. From there it goes as in `dv.calibrate`: five sixths are learnt from, and the search
-for each budget judges on a sixth; predictors are fitted once for all budgets. What was chosen is then measured on
-demo/text/heldout.txt, other documents, which decide nothing. `ratio`: the increase there, as a share of what was asked;
+evenly over these, as `dejavu calibrate --text` takes them. From there it goes as in `dv.calibrate`: five sixths are
+learnt from, and the search for each budget judges on a sixth; predictors are fitted once for all budgets. What was
+chosen is then measured on demo/text/heldout.txt, other documents, which decide nothing. `ratio`: the increase there, as a share of what was asked;
 `read`: the bytes that the sites with a policy read a step by the cost model, as a share of dense. Rows are written one by
 one; a run that was interrupted goes on. Prints one table last.
 """
@@ -28,11 +28,10 @@ from dejavu_compile.bench import environment, write
 from dejavu_compile.calibrate import alternatives, fit, learn_and_judge, remeasured
 from dejavu_compile.evaluate import compare, masked
 from dejavu_compile.progress import Bars
-from dejavu_compile.text import windows
+from dejavu_compile.text import windows, windows_of
 from dejavu_compile.workdir import Memory, Tensors
 
 ROOT = Path(__file__).parents[1]
-WINDOW = 512  # tokens
 ALLOWED = 1.25  # of what was asked, on other text
 
 
@@ -56,10 +55,7 @@ def drawn(tokenizer: Any, path: Path, count: int, seed: int) -> list[torch.Tenso
     documents = path.read_text(encoding="utf-8").split(tokenizer.eos_token)
     order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed))
     text = tokenizer.eos_token.join(documents[number] for number in order.tolist())
-    ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
-    rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
-    at = torch.linspace(0, len(rows) - 1, min(count, len(rows))).long()
-    return list(rows[at].split(4))
+    return windows_of(tokenizer, text, str(path), limit=count)
 
 
 def repetition(

@@ -14,8 +14,8 @@ can't be imported or run is a row that says why, and stops nothing else.
 
 Method: each side is checked against its oracle, a dense computation in fp32 with everything else zeroed, and timed only if
 it is right. Kernels are timed in a CUDA graph over so many layers that no weights are left in L2; theirs after their own
-autotuning; ours are launched early, as in a compiled decode step. A side's bytes are the weights, or keys and values, that it has to read; "of copy" is what it reads a second,
-as a share of what a copy does. "ratio" is their time over ours.
+autotuning, ours launched early, as in a compiled decode step. A side's bytes are the weights, or keys and values, that it has
+to read; "of copy" is what it reads a second, as a share of what a copy does. "ratio" is their time over ours.
 """
 
 import argparse

@@ -21,12 +21,6 @@ def windows(
     `limit` takes that many windows, spread evenly over the file. Raises CalibrationError if the text is
     shorter than one window, or isn't UTF-8, and OptionError for windows that hold no next token, or none.
     """
-    if length < 2 or (limit is not None and limit < 1):
-        raise OptionError(
-            "there is nothing to learn from such windows",
-            found=f"{'all' if limit is None else limit} windows of {length} tokens",
-            expected="at least 1 window of at least 2 tokens",
-        )
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -34,11 +28,30 @@ def windows(
             f"{path} is not UTF-8 text", found=f"byte {error.start}: {error.reason}",
             fix="give a text file, converted to UTF-8",
         ) from None  # fmt: skip
+    return windows_of(tokenizer, text, str(path), length=length, limit=limit, batch=batch)
+
+
+def windows_of(
+    tokenizer: Any,
+    text: str,
+    name: str,
+    *,
+    length: int = 512,
+    limit: int | None = None,
+    batch: int = 4,
+) -> list[torch.Tensor]:
+    """`windows` of a text at hand; errors call it `name`."""
+    if length < 2 or (limit is not None and limit < 1):
+        raise OptionError(
+            "there is nothing to learn from such windows",
+            found=f"{'all' if limit is None else limit} windows of {length} tokens",
+            expected="at least 1 window of at least 2 tokens",
+        )
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
     count = len(ids) // length
     if count == 0:
         raise CalibrationError(
-            f"{path} is too short",
+            f"{name} is too short",
             found=f"{len(ids)} tokens",
             expected=f"at least one window of {length}",
             fix="give a longer text or a smaller window",

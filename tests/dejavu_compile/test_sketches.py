@@ -129,7 +129,7 @@ def test_dead_inputs_and_rows_do_no_harm():
 @pytest.fixture(scope="module")
 def sketched():
     model = tiny("llama")
-    return model, dv.calibrate(model, texts(), policy="sketch", density=0.5, progress=False)
+    return model, dv.calibrate(model, texts(), density=0.5, progress=False)
 
 
 def masked(model):
@@ -194,11 +194,11 @@ def test_a_decode_step_runs_what_masked_execution_keeps(sketched):
     assert mlps[0].bytes_sparse == pytest.approx(read, rel=1e-3)
 
 
-def test_each_sketch_gets_a_density_within_the_budget():
+def test_auto_gives_each_sketch_a_density_within_the_budget():
     model = tiny("llama", layers=3)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(1e-4)
-    found = dv.calibrate(model, texts(4), policy="sketch", max_ppl_increase=0.002, progress=False)
+    found = dv.calibrate(model, texts(4), max_ppl_increase=0.002, progress=False)
     mlps = [site for site in found.sites if site.kind == "mlp"]
     assert str(mlps[1].policy) == "sketch"
     assert mlps[1].density < min(mlps[0].density, mlps[2].density)
@@ -211,7 +211,7 @@ def test_without_gradients_units_weigh_what_they_add(monkeypatch, caplog):
 
     monkeypatch.setattr(sensitivity._Gates, "gradients", refuse)
     model = tiny("llama")
-    found = dv.calibrate(model, texts(), policy="sketch", density=0.5, progress=False)
+    found = dv.calibrate(model, texts(), density=0.5, progress=False)
     assert "aten::_int_mm" in caplog.text
     assert len({site.threshold for site in found.sites}) == len(found.sites)
     assert found.density == pytest.approx(0.5, abs=0.05)
