@@ -27,6 +27,7 @@ from torch._inductor.codegen.wrapper import PythonWrapperCodegen
 from torch._inductor.compile_fx import compile_fx
 from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._inductor.runtime.cache_dir_utils import cache_dir
+from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -48,6 +49,7 @@ __all__ = [
     "list_mode_options",
     "load_cpp",
     "names_in",
+    "norms_in_one_step",
     "qualified_name",
     "recompile_limit",
     "trace_to_aten",
@@ -219,6 +221,30 @@ def _kind(value: Any) -> Hashable:
     return type(value), dtype if dtype is not None else str(value)
 
 
+ONE_STEP = 8192  # elements that a program holds
+
+
+@contextmanager
+def norms_in_one_step() -> Iterator[None]:
+    """Meanwhile Inductor keeps a lone row of up to `ONE_STEP` elements in registers, where else it goes through it twice.
+
+    The norm of one token: 0.8 % of a step of Llama-3-8B. (H200) Longer rows are slower so, padded to a power of two.
+    """
+    base = type(V.choices)
+
+    class OneStep(base):
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            lone = features.numel == 1 and V.graph.sizevars.statically_known_leq(
+                features.reduction_numel, ONE_STEP
+            )
+            usual = base.should_use_persistent_reduction(features, cooperative_reduction)
+            return (lone and inductor_config.triton.persistent_reductions) or usual
+
+    with V.set_choices_handler(OneStep()):
+        yield
+
+
 EARLY_LAUNCH = "triton.enable_pdl"  # Inductor's option for its own kernels
 _GENERATES = (
     "_enable_pdl_codegen",
@@ -243,12 +269,12 @@ def has_early_launch(device: torch.device) -> bool:
 
 
 @contextmanager
-def launched_early() -> Iterator[None]:
-    """Meanwhile Inductor gives all kernels programmatic dependent launch, ours among them.
+def launched_early(mode: int) -> Iterator[None]:
+    """Meanwhile Inductor gives all kernels programmatic dependent launch, ours among them in this `mode`, their EARLY.
 
     For graphs compiled with `EARLY_LAUNCH`. Inductor's own kernels would wait only where they read what the kernel
-    before wrote; here every one waits, and only then lets the next start. So a kernel that starts knows that all but
-    the one before it have ended. Ours are written so; of them Inductor only needs to hear it.
+    before wrote; here every one lets the next start, and then waits, so that the end of one is the end of all before it.
+    Ours are written so; of them Inductor only needs to hear it.
     """
     wait, start = TritonKernel.GDC_WAIT, TritonKernel.GDC_LAUNCH
 
@@ -266,13 +292,13 @@ def launched_early() -> Iterator[None]:
             first = is_wait.index(True)
             lines = [line for line, waits in zip(code._lines, is_wait, strict=True) if not waits]
             line = code._lines[first]
-            code._lines = [*lines[:first], line, line.replace(wait, start), *lines[first:]]
+            code._lines = [*lines[:first], line.replace(wait, start), line, *lines[first:]]
 
     define_kernel = PythonWrapperCodegen.define_kernel
 
     def define(self: Any, name: str, body: str, *args: Any, **kwargs: Any) -> None:
         if "'EARLY': False" in body:
-            body = body.replace("'EARLY': False", "'EARLY': True")
+            body = body.replace("'EARLY': False", f"'EARLY': {mode}")
             body = body.replace("triton_meta={", "triton_meta={'launch_pdl': True, ")
         define_kernel(self, name, body, *args, **kwargs)
 

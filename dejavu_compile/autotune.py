@@ -273,7 +273,7 @@ def _best(
 class GraphTimer:
     """Times one launch on a GPU: launches in a row, each with weights that the L2 cache doesn't hold, in a CUDA graph.
 
-    They are launched early where the device can (`kernels._triton.wait_for_previous`), as in a decode step: what a
+    They are launched early where the device can (`kernels._triton.start_next`), as in a decode step: what a
     kernel has loaded before it waits is part of what makes it fast.
     """
 

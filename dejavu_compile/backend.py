@@ -24,7 +24,7 @@ import dejavu_compile.passes
 from dejavu_compile.kernels.tuning import Config, in_force
 from dejavu_compile.passes.counters import count_together
 from dejavu_compile.passes.decode_attention import use_decode_attention
-from dejavu_compile.passes.early import why_not_early
+from dejavu_compile.passes.early import early_launch
 from dejavu_compile.passes.find_sites import find_sites, resolve
 from dejavu_compile.passes.fuse import fuse
 from dejavu_compile.passes.gemv import use_gemv
@@ -44,6 +44,7 @@ from ._compat import (
     inductor_option_names,
     kernels_analysed_once,
     launched_early,
+    norms_in_one_step,
     unset_fake_temporarily,
 )
 from .attachments import guards_needed, make_unit_major, note_compiled
@@ -63,8 +64,8 @@ Compiled = Callable[..., Any]
 class Prepared:
     """A graph module after our passes, with what they found and decided.
 
-    `few_tokens`: projections became GEMVs, as in a decode step. `early_launch`: their weights may be read while
-    the kernel before still runs. `launches`: those of our kernels whose block sizes can be chosen.
+    `few_tokens`: projections became GEMVs, as in a decode step. `early_launch`: the mode in which kernels
+    may start while those before them still run, 0 for not at all. `launches`: those of our kernels whose block sizes can be chosen.
     """
 
     found: Found
@@ -72,7 +73,7 @@ class Prepared:
     relayout: tuple[tuple[int, Relayout], ...]
     modified: bool
     few_tokens: bool = False
-    early_launch: bool = False
+    early_launch: int = 0
     launches: tuple[Launch, ...] = ()
 
 
@@ -137,10 +138,12 @@ def prepare(
         log.debug("%s: %s (%s)", site_plan.site.name, site_plan.decision.policy, site_plan.reason)
     position = {node: i for i, node in enumerate(inputs)}
     relayout = tuple((position[r.weight], r) for r in plan.relayout if r.weight in position)
-    early = few_tokens and options.pdl and has_early_launch(_device(example_inputs))
-    if early and (reason := why_not_early(gm.graph)) is not None:
-        log.info("kernels aren't launched early: %s", reason)
-        early = False
+    early = 0
+    if few_tokens and options.pdl and has_early_launch(_device(example_inputs)):
+        how = early_launch(gm.graph)
+        early = how.mode
+        if how.reason is not None:
+            log.info("kernels aren't launched early: %s", how.reason)
     launches = launches_of(gm.graph, _densities(plan)) if modified else ()
     return Prepared(found, plan, relayout, modified, few_tokens, early, launches)
 
@@ -289,12 +292,13 @@ def dejavu(
     prepared = prepare(gm, example_inputs, _on_side_stream(own, inductor, example_inputs))
     if not inductor.get("triton.cudagraphs"):
         # Outside CUDA graphs the kernel before ours may be one that writes a weight.
-        prepared = dataclasses.replace(prepared, early_launch=False)
+        prepared = dataclasses.replace(prepared, early_launch=0)
     configs = in_table(block_sizes(prepared.launches, own.autotune))
     patches = _inductor_config(own, inductor, prepared, configs)
     early = prepared.early_launch and patches[EARLY_LAUNCH]  # or the user's own wish
-    launching = launched_early() if early else nullcontext()
-    with kernels_analysed_once(), launching, in_force(configs):
+    launching = launched_early(prepared.early_launch) if early else nullcontext()
+    norms = norms_in_one_step() if prepared.few_tokens else nullcontext()
+    with kernels_analysed_once(), launching, norms, in_force(configs):
         compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
     return _relayout_after_first_call(compiled, prepared.relayout)
 

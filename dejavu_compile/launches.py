@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dejavu_compile.kernels import HEADS_START
 from dejavu_compile.kernels.attention import (
     _attention_kernel,
     attention_candidates,
@@ -48,14 +49,16 @@ CACHES = 3  # times the size of the L2 cache: what is read before a weight is re
 
 
 class LaunchedEarly:
-    """A kernel whose programs start while the kernel before drains, as in a decode step (`kernels._triton.wait_for_previous`)."""
+    """A kernel whose programs start while the kernel before drains, as in a decode step (`kernels._triton.start_next`)."""
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
 
     def __getitem__(self, grid: tuple) -> Callable[..., Any]:
         run = self.kernel[grid]
-        return lambda *args, **kwargs: run(*args, **{**kwargs, "EARLY": True, "launch_pdl": True})
+        return lambda *args, **kwargs: run(
+            *args, **{**kwargs, "EARLY": HEADS_START, "launch_pdl": True}
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,6 +6,7 @@ if __name__ == "kernels":
 
     hand_over()
 else:
+    from ._triton import HEADS_START, HEADS_WAIT
     from .attention import attention_reference, decode_attention, decode_attention_cpu
     from .gathered_sum import gathered_sum, gathered_sum_reference
     from .gemv import gemv, gemv_reference
@@ -23,6 +24,8 @@ else:
     from .sketch import sketch_score, sketch_score_reference
 
 __all__ = [
+    "HEADS_START",
+    "HEADS_WAIT",
     "attention_reference",
     "compact",
     "compact_reference",

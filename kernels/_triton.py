@@ -44,17 +44,29 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+# Programmatic dependent launch, the EARLY of every kernel: the compiler decides (`passes/early.py`). 0 is without.
+HEADS_WAIT = 1  # kernels that skip heads wait before they let the next one start
+HEADS_START = 2  # they let it start first, as other kernels do
+
+
+@jit
+def start_next(EARLY: tl.constexpr, SKIPS_HEADS: tl.constexpr = False):
+    """Let the next kernel's programs start, where there is room, as soon as all of this one's have.
+
+    Said before `wait_for_previous`, three and more kernels overlap: weights arrive while small kernels run. Said behind
+    it, the next kernel knows that all before this one have ended, and before it waits may read what they wrote: a
+    selection. Not by the L1 cache, which may hold older values. Where SKIPS_HEADS it is up to EARLY whether a call
+    before the wait counts.
+    """
+    if EARLY == 2 or (EARLY and not SKIPS_HEADS):
+        tl.extra.cuda.gdc_launch_dependents()
+
+
 @jit
 def wait_for_previous(EARLY: tl.constexpr):
-    """Wait until the kernel before has ended, then let the next one's programs start.
-
-    EARLY: launched by programmatic dependent launch, which the compiler decides (`_compat.launched_early`). Every
-    program of every kernel does this. So what a kernel may read before it waits are weights, and what the kernel
-    before has read as well: whoever wrote that has ended. Not by the L1 cache, which may hold older values.
-    """
+    """Wait until the kernel before has ended, and with it all before that: every program of every kernel waits."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
 
 
 @jit

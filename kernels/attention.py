@@ -24,6 +24,7 @@ from ._triton import (
     is_last,
     jit,
     power_of_2,
+    start_next,
     tl,
     wait_for_previous,
     wrap_triton,
@@ -78,7 +79,9 @@ def _attention_kernel(
     A group of which no head runs ends at once. Of the others the last split to finish joins what all of them left, of JOIN
     heads at a time. SPLITS is a power of two, at least the number of splits.
     """
+    start_next(EARLY, SELECT)
     wait_for_previous(EARLY)
+    start_next(EARLY)
     at, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     b, g = at // kv_heads, at % kv_heads
     row = tl.arange(0, ROWS)
@@ -265,12 +268,15 @@ MOST_SPLITS = 128  # whose parts one program joins
 def attention_config(groups: int, slots: int, itemsize: int, group: int = 1) -> Config:
     """One block a program where that fills the chip a few times over at most; else four programs a multiprocessor.
 
-    `groups` of `group` heads that share keys, of all sequences; `itemsize`: bytes of an element of the cache. (H200, 8 to 72
-    groups, 512 to 32k slots)
+    `groups` of `group` heads that share keys, of all sequences; `itemsize`: bytes of an element of the cache. Of heads that share
+    none a block is one warp's, and smaller while there are few. (H200, 8 to 72 groups, 512 to 32k slots)
     """
     blocks = cdiv(slots, BLOCK_S)
     if groups * blocks <= 6 * PROCESSORS:
-        block_s, warps = (BLOCK_S, 4) if group > 1 else (BLOCK_S // 2, 1)
+        small = (
+            BLOCK_S // 4 if groups * cdiv(slots, BLOCK_S // 4) <= 8 * PROCESSORS else BLOCK_S // 2
+        )
+        block_s, warps = (BLOCK_S, 4) if group > 1 else (small, 1)
         return {
             "splits": cdiv(slots, block_s), "per_split": block_s, "BLOCK_S": block_s,
             "num_warps": warps, "STAGES": 1,
@@ -290,7 +296,7 @@ def attention_candidates(groups: int, slots: int, itemsize: int, group: int = 1)
     per_split = rule["per_split"]
     for share, block_s, warps in (
         (64, 64, 4), (per_split // 2, 64, 4), (2 * per_split, 64, 4), (per_split, 128, 4), (per_split, 32, 2),
-        (2 * per_split, 128, 4), (per_split // 2, 32, 4), (4 * per_split, 64, 4),
+        (2 * per_split, 128, 4), (per_split // 2, 32, 4), (4 * per_split, 64, 4), (16, 16, 1),
     ):  # fmt: skip
         share = max(share, block_s)
         others.append(

@@ -20,6 +20,7 @@ from ._triton import (
     is_last,
     jit,
     power_of_2,
+    start_next,
     tl,
     wait_for_previous,
     wrap_triton,
@@ -100,6 +101,7 @@ def _sum_kernel(
     if not COMPACTED:
         # Its selection may come from the very kernel before; of compacted values that is the one that made them.
         wait_for_previous(EARLY)
+    start_next(EARLY)
     block = tl.program_id(0)
     column = block * BLOCK_D + tl.arange(0, BLOCK_D)
     split, splits = tl.program_id(1), tl.num_programs(1)

@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import cdiv, empty, jit, power_of_2, tl, wait_for_previous, wrap_triton
+from ._triton import (
+    cdiv,
+    empty,
+    jit,
+    power_of_2,
+    start_next,
+    tl,
+    wait_for_previous,
+    wrap_triton,
+)
 from .activations import REFERENCE, activate
 from .rows import check_rows, dots, first_columns, other_row_blocks, row_blocks
 from .tuning import Config, candidates, config_for, key_of
@@ -100,6 +109,8 @@ def _gemv_block(
         row = weight_ptr + unit[:, None].to(tl.int64) * stride
         begun = first_columns(row, live, D, BLOCK_D)
         wait_for_previous(EARLY)
+        if OWNED:
+            start_next(EARLY)
         for start in tl.static_range(0, TOKENS, 4):
             ys = dots(x_ptr + start * D, row, begun, live, D, TOKENS - start, BLOCK_D)
             for token in tl.static_range(TOKENS - start if TOKENS - start < 4 else 4):
@@ -125,6 +136,7 @@ def _gemv_kernel(
 
     LOOP says so in a loop that turns once: the same work, scheduled otherwise by the compiler.
     """
+    start_next(EARLY, OWNED)
     first = tl.program_id(0)
     if OWNED:
         # Rows that wait for a score come last.

@@ -21,6 +21,7 @@ from ._triton import (
     is_last,
     jit,
     power_of_2,
+    start_next,
     tl,
     wait_for_previous,
     wrap_triton,
@@ -90,6 +91,7 @@ def _head_sum_kernel(
     waits for the kernel before. Where there is more than one split (SPLIT), the last to finish a block of columns
     adds up what the others left.
     """
+    start_next(EARLY)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     split, splits = tl.program_id(1), tl.num_programs(1)
     head = tl.arange(0, HEADS)

@@ -17,6 +17,7 @@ from ._triton import (
     empty,
     jit,
     power_of_2,
+    start_next,
     tl,
     wait_for_previous,
     wrap_triton,
@@ -134,6 +135,7 @@ def _rows_kernel(
 ):  # fmt: skip
     """Grid: a fixed number of programs, each taking every num_programs-th block of BLOCK_J slots."""
     wait_for_previous(EARLY)
+    start_next(EARLY)  # behind the wait: a sum that follows reads the selection before it waits
     step = tl.num_programs(0) * BLOCK_J
     slot = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     # Loaded beside the count and ahead of each round: one latency less before the weights are asked for.

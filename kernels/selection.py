@@ -14,9 +14,19 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import cdiv, empty, jit, power_of_2, tl, wait_for_previous, wrap_triton
+from ._triton import (
+    cdiv,
+    empty,
+    jit,
+    power_of_2,
+    start_next,
+    tl,
+    wait_for_previous,
+    wrap_triton,
+)
 
 COMPACTED = 1024  # units that one program of `compact` lists
+EVERY = 16384  # units that it counts at a time
 SEGMENT = 32  # units that one program of `select` lists
 SCATTERED = 1024  # units that one program of the launch after that moves
 
@@ -51,19 +61,9 @@ def list_segment(keep, unit, local_ptr, counts_ptr, segment, n, SEGMENT: tl.cons
 
 
 @jit
-def _kept(values_ptr, scale_ptr, unit, limit, n, TOKENS: tl.constexpr, SCALE: tl.constexpr):
-    """1 for the units above the limit for any token, else 0."""
-    keep = (unit < 0).to(tl.int32)
-    if SCALE:
-        scale = tl.load(scale_ptr + unit, mask=unit < n, other=0.0)
-    for token in tl.static_range(TOKENS):
-        value = tl.load(values_ptr + token * n + unit, mask=unit < n, other=0.0).to(tl.float32)
-        score = tl.abs(value)
-        if SCALE:
-            score *= scale
-        # "not below", so that NaN is kept
-        keep = keep | tl.where(score <= limit, 0, 1)
-    return tl.where(unit < n, keep, 0)
+def _above(value, scale, limit):
+    """1 where a value counts, else 0: not below the limit, so that NaN does."""
+    return tl.where(tl.abs(value.to(tl.float32)) * scale <= limit, 0, 1)
 
 
 @jit
@@ -72,25 +72,48 @@ def _compact_kernel(
     SCALE: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, EVERY: tl.constexpr, ROUNDS: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program for BLOCK units. Each counts all units anew, EVERY a round, so that none waits for another."""
-    wait_for_previous(EARLY)
+    """Grid: one program for BLOCK units. Each counts all units anew, EVERY a round, so that none waits for another.
+
+    The scales of its own units, and of the first round, are asked for before it waits for the kernel before. All loads
+    are here, none in a function that is called: where values come back from one that was given a pointer, and a place to
+    store at depends on them, torch takes it that the pointer is written to, and copies what it points to at every step.
+    """
+    start_next(EARLY)
     first = tl.program_id(0) * BLOCK
+    own, every = first + tl.arange(0, BLOCK), tl.arange(0, EVERY)
+    own_scale = tl.full([BLOCK], 1.0, tl.float32)
+    scale = tl.full([EVERY], 1.0, tl.float32)
+    if SCALE:
+        own_scale = tl.load(scale_ptr + own, mask=own < n, other=0.0)
+        scale = tl.load(scale_ptr + every, mask=every < n, other=0.0)
+    wait_for_previous(EARLY)
     # Inductor hands Python floats over as fp64, which would make the comparison one in fp64.
     limit = tl.full([1], threshold, tl.float32)
+    mine = tl.zeros([BLOCK], dtype=tl.int32)
+    for token in tl.static_range(TOKENS):
+        mine = mine | _above(
+            tl.load(values_ptr + token * n + own, mask=own < n, other=0.0), own_scale, limit
+        )
+    mine = tl.where(own < n, mine, 0)
     kept = tl.zeros([EVERY], dtype=tl.int32)
     earlier = tl.zeros([EVERY], dtype=tl.int32)
     for turn in tl.static_range(ROUNDS):
-        unit = turn * EVERY + tl.arange(0, EVERY)
-        keep = _kept(values_ptr, scale_ptr, unit, limit, n, TOKENS, SCALE)
+        unit = turn * EVERY + every
+        if SCALE and turn > 0:
+            scale = tl.load(scale_ptr + unit, mask=unit < n, other=0.0)
+        keep = tl.zeros([EVERY], dtype=tl.int32)
+        for token in tl.static_range(TOKENS):
+            keep = keep | _above(
+                tl.load(values_ptr + token * n + unit, mask=unit < n, other=0.0), scale, limit
+            )
+        keep = tl.where(unit < n, keep, 0)
         kept += keep
         earlier += tl.where(unit < first, keep, 0)
     total = tl.sum(kept, axis=0)
 
-    unit = first + tl.arange(0, BLOCK)
-    keep = _kept(values_ptr, scale_ptr, unit, limit, n, TOKENS, SCALE)
-    place = tl.sum(earlier, axis=0) + tl.cumsum(keep, axis=0) - keep
-    tl.store(index_ptr + place, unit, mask=keep != 0)
-    tl.store(index_ptr + unit, 0, mask=(unit >= total) & (unit < n))
+    place = tl.sum(earlier, axis=0) + tl.cumsum(mine, axis=0) - mine
+    tl.store(index_ptr + place, own, mask=mine != 0)
+    tl.store(index_ptr + own, 0, mask=(own >= total) & (own < n))
     if first == 0:
         tl.store(count_ptr, total)
 
@@ -102,6 +125,7 @@ def scatter_kernel(
     GROUP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program for GROUP segments. Move their lists behind those of all segments before."""
+    start_next(EARLY)
     wait_for_previous(EARLY)
     first = tl.program_id(0) * GROUP
     every = tl.arange(0, SEGMENTS)
@@ -149,11 +173,11 @@ def launch_compact(
     scale = None if scale is None else scale.contiguous()
     tokens, n = values.shape
     index, count = _outputs(values, n)
-    every = min(8192, power_of_2(n))
+    every = min(EVERY, power_of_2(n))
     kernel[(cdiv(n, COMPACTED),)](
         values, values if scale is None else scale, index, count, threshold, n,
         SCALE=scale is not None, TOKENS=tokens, BLOCK=COMPACTED, EVERY=every,
-        ROUNDS=cdiv(n, every), EARLY=False, num_warps=8,
+        ROUNDS=cdiv(n, every), EARLY=False, num_warps=min(16, max(4, every // 1024)),
     )  # fmt: skip
     return index, count.view(())
 

@@ -14,7 +14,16 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import cdiv, empty, jit, power_of_2, tl, wait_for_previous, wrap_triton
+from ._triton import (
+    cdiv,
+    empty,
+    jit,
+    power_of_2,
+    start_next,
+    tl,
+    wait_for_previous,
+    wrap_triton,
+)
 from .activations import REFERENCE, activate
 from .nibbles import unpack
 from .pairs import MULTIPLE, unpack_pairs
@@ -69,6 +78,7 @@ def _sketch_kernel(
     A word of U holds four columns of each quarter of a row; of G, word `at` those of the first and the third quarter,
     word WORDS + at those of the other two.
     """
+    start_next(EARLY)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     live = row < n
     column = tl.arange(0, BLOCK_S)

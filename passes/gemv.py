@@ -28,7 +28,7 @@ from dejavu_compile.kernels.gemv import MOST
 from .emit import Emitter
 from .find_sites import as_projection
 from .in_place import written
-from .separable import aten, shape_of
+from .separable import aten, computed_from, shape_of
 from .site import Projection
 
 ops = torch.ops.dejavu
@@ -97,17 +97,6 @@ def _shared(member: _Member) -> tuple[object, ...]:
     return member.input, member.node if computed else None, member.weight.meta["val"].dtype
 
 
-def _behind(node: fx.Node, start: fx.Node) -> set[fx.Node]:
-    """The values that `node` is computed from, as far back as `start`."""
-    pending, seen = [node], set()
-    while pending:
-        node = pending.pop()
-        if node not in seen and not node < start:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return seen
-
-
 def _launches(group: list[_Member]) -> list[list[_Member]]:
     """The members of each launch: one that skips rows comes first, and a launch has one of these.
 
@@ -115,7 +104,7 @@ def _launches(group: list[_Member]) -> list[list[_Member]]:
     """
     first = [m for m in group if m.owned is not None]
     rest = [m for m in group if m.owned is None]
-    decides = {n for m in first for n in _behind(m.owned[1], m.input)}
+    decides = {n for m in first for n in computed_from(m.owned[1], m.input)}
     early = [m for m in rest if m.node in decides]
     rest = [m for m in rest if m.node not in decides]
     if not first:

@@ -77,6 +77,17 @@ def shape_of(node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else None
 
 
+def computed_from(node: fx.Node, start: fx.Node) -> set[fx.Node]:
+    """The values that `node` is computed from, as far back as `start`, and both of them."""
+    pending, seen = [node], set()
+    while pending:
+        node = pending.pop()
+        if node not in seen and not node < start:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return seen
+
+
 def is_pointwise(node: fx.Node) -> bool:
     """A functional op whose output elements depend on the matching input elements alone."""
     target = node.target

@@ -1,11 +1,17 @@
 """What stands between us and torch's private names."""
 
+from types import SimpleNamespace
+
 import pytest
+import sympy
 import torch
 from torch._higher_order_ops import triton_kernel_wrap
+from torch._inductor.choices import InductorChoices
 from torch._inductor.codegen.triton import TritonKernel
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+from torch._inductor.sizevars import SizeVarAllocator
 from torch._inductor.utils import IndentedBuffer
+from torch._inductor.virtualized import V
 
 from dejavu_compile import _compat
 
@@ -91,14 +97,14 @@ def test_early_launch_is_known_to_this_torch_and_off_without_a_gpu():
     assert not _compat.has_early_launch(torch.device("cpu"))
 
 
-def test_a_kernel_waits_once_before_all_it_does_and_then_lets_the_next_start():
+def test_a_kernel_lets_the_next_start_and_waits_once_before_all_it_does():
     code = IndentedBuffer()
     wait, start = TritonKernel.GDC_WAIT, TritonKernel.GDC_LAUNCH
     for line in ("x = arange()", wait, "a = load(x)", wait, "b = load(a)", wait, "store(b)"):
         code.writeline(line)
-    with _compat.launched_early():
+    with _compat.launched_early(2):
         TritonKernel._filter_pdl(None, code)
-    expected = ["x = arange()", wait, start, "a = load(x)", "b = load(a)", "store(b)"]
+    expected = ["x = arange()", start, wait, "a = load(x)", "b = load(a)", "store(b)"]
     assert code.getvalue().split("\n")[:-1] == expected
 
 
@@ -110,17 +116,44 @@ def test_only_kernels_that_say_so_are_launched_early(monkeypatch):
     )  # fmt: skip
     ours = "triton_meta={'constants': {'EARLY': False}}"
     theirs = "triton_meta={'constants': {'BLOCK': 8}}"
-    with _compat.launched_early():
+    with _compat.launched_early(2):
         PythonWrapperCodegen.define_kernel(None, "ours", ours)
         PythonWrapperCodegen.define_kernel(None, "theirs", theirs)
     PythonWrapperCodegen.define_kernel(None, "later", ours)
-    early = "triton_meta={'launch_pdl': True, 'constants': {'EARLY': True}}"
+    early = "triton_meta={'launch_pdl': True, 'constants': {'EARLY': 2}}"
     assert defined == {"ours": early, "theirs": theirs, "later": ours}
 
 
 def test_torch_is_left_as_it_was():
     names = ("_handle_pdl_before_access", "_handle_pdl_after_load", "_filter_pdl")
     before = [getattr(TritonKernel, name) for name in names]
-    with pytest.raises(KeyError), _compat.launched_early():
+    with pytest.raises(KeyError), _compat.launched_early(2):
         raise KeyError
     assert [getattr(TritonKernel, name) for name in names] == before
+
+
+# --- lone rows -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rows, width, kept", [(1, 4096, True), (1, 16384, False), (8, 4096, False)]
+)
+def test_only_a_lone_short_row_is_kept_in_registers(rows, width, kept):
+    seen = []
+
+    class Usual(InductorChoices):
+        @staticmethod
+        def should_use_persistent_reduction(features, cooperative_reduction):
+            seen.append(features)
+            return False
+
+    features = SimpleNamespace(numel=sympy.Integer(rows), reduction_numel=sympy.Integer(width))
+    graph = SimpleNamespace(sizevars=SizeVarAllocator())
+    with V.set_choices_handler(Usual()), V.set_graph_handler(graph):
+        before = V.choices
+        with _compat.norms_in_one_step():
+            assert V.choices.should_use_persistent_reduction(features, False) == kept
+            with _compat.inductor_config.patch({"triton.persistent_reductions": False}):
+                assert not V.choices.should_use_persistent_reduction(features, False)
+        assert V.choices is before
+    assert seen == [features, features]
