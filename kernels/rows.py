@@ -197,16 +197,18 @@ def other_row_blocks(d: int, tokens: int = 1) -> list[Config]:
 
 
 def rows_config(n: int, d: int, tokens: int = 1) -> Config:
-    """Sixteen programs a multiprocessor share the live slots: all that fit on it. (H100, d 4096, half of 14336)"""
-    return {**row_blocks(d, tokens), "programs": min(cdiv(n, 2), 16 * PROCESSORS)}
+    """Sixteen programs a multiprocessor share the live slots: all that fit on it. Of longer rows, eight. (H100, d 4096, half of
+    14336; H200, d 4096 and 9216 at 10 %)"""
+    share = 16 if d <= 4096 else 8
+    return {**row_blocks(d, tokens), "programs": min(cdiv(n, 2), share * PROCESSORS)}
 
 
 def rows_candidates(n: int, d: int, tokens: int = 1) -> list[Config]:
-    """`rows_config`, with half and twice as many programs, and in other tiles."""
+    """`rows_config`, with fewer and more programs, and in other tiles."""
     rule = rows_config(n, d, tokens)
     others = [
         {**rule, "programs": min(cdiv(n, rule["BLOCK_J"]), share * PROCESSORS)}
-        for share in (8, 32)
+        for share in (4, 8, 16, 32)
     ]
     others += [
         {**blocks, "programs": min(cdiv(n, blocks["BLOCK_J"]), 16 * PROCESSORS)}
