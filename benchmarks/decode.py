@@ -9,7 +9,8 @@ sequence. A time counts only after the same step's logits matched an oracle, the
 zeroed: in fp32 where that fits on the GPU beside the model, and then a row may be off by half more than the eager
 model is in its own dtype, or by the tolerance. Static cache, full; the KV length is the cache's. Bytes are weights and
 cache read, predictors included; the floor is those bytes at the device's copy bandwidth. Variant `lossless` has nothing
-attached, `mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of
+attached, `given` has the selections of MLPs without their predictors, so that what these take is its difference to `auto`,
+`mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of
 predictors, `sketch` by sketches of their projections.
 
 `--breakdown` reads off the compiled graph what the step must read, and on CUDA sets each kernel of a profile against it.
@@ -20,10 +21,12 @@ time less that of its bytes at the copy bandwidth; `-` where it isn't certain wh
 import argparse
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from given import predictor_bytes, selections_given
 
 import dejavu_compile as dv
 from dejavu_compile.bench import copy_bandwidth, environment, measure, write
@@ -35,7 +38,7 @@ from dejavu_compile.random_selections import (
     attach_random_predictors,
     attach_random_sketches,
 )
-from dejavu_compile.shapes import SHAPES, build, cache_bytes, in_float32, weight_bytes
+from dejavu_compile.shapes import SHAPES, build, cache_bytes, in_float32, mlps, weight_bytes
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -98,7 +101,10 @@ def run(
             if heads is not None and batch > 1:
                 kept += attach_per_sequence(model, None, heads, length, batch, kept)
         reference = compared_with(model, wide, kept, length, batch)
-        add(f"dejavu {variant}", reference, density, heads, backend="dejavu", options=options)
+        with selections_given() if variant == "given" else nullcontext():
+            add(f"dejavu {variant}", reference, density, heads, backend="dejavu", options=options)
+        if variant == "given":
+            result["rows"][-1]["bytes"] -= predictor_bytes([part.out for part in mlps(model)])
     rows = result["rows"]
     dense = [r["p50"] for r in rows if r["provider"].startswith("inductor")]
     for row in rows:
@@ -118,6 +124,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no_gemv": {"dejavu.gemv": False},
     "no_pdl": {"dejavu.pdl": False},
     "auto": {},
+    "given": {},  # the selections of MLPs, without predictors
     "autotune": {"dejavu.autotune": True},
     "lossless": {},  # nothing attached
     "gate": {},  # MLPs by thresholds on their activated gates: Llama
