@@ -34,6 +34,14 @@ def empty(*shape: int, like: torch.Tensor, dtype: torch.dtype | None = None) -> 
     return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
 
 
+def present(tensor: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    """What is passed where a kernel may do without `tensor`: a weight, or anything that no kernel has just computed.
+
+    Of an activation Inductor writes a copy for each argument that it is passed as: 14 for one norm, in the kernel that makes it.
+    """
+    return weight if tensor is None else tensor
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)

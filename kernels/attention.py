@@ -24,6 +24,7 @@ from ._triton import (
     is_last,
     jit,
     power_of_2,
+    present,
     start_next,
     tl,
     wait_for_previous,
@@ -347,7 +348,7 @@ def launch_attention(
     dot = group > 1 or per_split > config["BLOCK_S"]
     block_e, padded = max(LEAST, power_of_2(e)), power_of_2(splits)
     kernel[(groups, splits)](
-        q, k, v, q if mask is None else mask, q if score is None else score, part, stats, arrived, out,
+        q, k, v, present(mask, k), present(score, k), part, stats, arrived, out,
         scale, softcap, kv_heads, slots, per_split, q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2), *mask_strides,
         D=d, E=e, GROUP=group, MASK=kind, CAP=softcap != 0, SELECT=score is not None,

@@ -19,6 +19,7 @@ from ._triton import (
     empty,
     jit,
     power_of_2,
+    present,
     start_next,
     tl,
     wait_for_previous,
@@ -223,10 +224,10 @@ def launch_gemv(
             config["BLOCK_J"] = 1
     out = empty(tokens, sum(sizes), like=x)
     absent = MOST - len(weights)
-    bias = [x if b is None else b.contiguous() for b in biases]
+    bias = [present(None if b is None else b.contiguous(), weights[0]) for b in biases]
+    nothing = [weights[0]] * absent
     kernel[(sum(cdiv(n, config["BLOCK_J"]) for n in sizes),)](
-        x, *weights, *([x] * absent), *bias, *([x] * absent),
-        x if owner is None else owner, x if score is None else score, out,
+        x, *weights, *nothing, *bias, *nothing, present(owner, weights[0]), present(score, weights[0]), out,
         *sizes, *([0] * absent), *(weight.stride(0) for weight in weights), *([0] * absent), heads, owned_rows,
         D=d, TOKENS=tokens, WEIGHTS=len(weights), BIAS=sum(1 << i for i, b in enumerate(biases) if b is not None),
         OWNED=owner is not None, ACTIVATION=activation, EARLY=False, **config,

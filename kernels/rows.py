@@ -17,6 +17,7 @@ from ._triton import (
     empty,
     jit,
     power_of_2,
+    present,
     start_next,
     tl,
     wait_for_previous,
@@ -253,8 +254,8 @@ def launch_rows(
     grid = (config.pop("programs"),)
     out = empty(tokens, n, like=x)
     kernel[grid](
-        x, weight, x if bias is None else bias, x if up is None else up,
-        x if up_bias is None else up_bias, x if times is None else times, *selection, out,
+        x, weight, present(bias, weight), present(up, weight), present(up_bias, weight), present(times, weight),
+        *selection, out,
         n, weight.stride(0), 0 if up is None else up.stride(0),
         D=d, TOKENS=tokens, GLU=up is not None, TIMES=times is not None, BIAS=bias is not None,
         UP_BIAS=up_bias is not None, ACTIVATION=activation, EARLY=False, **config,

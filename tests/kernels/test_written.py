@@ -38,16 +38,18 @@ def believed_written(kernel, arguments):
 
 @dataclass
 class Analysed:
-    """Stands for a kernel, and keeps the tensors that torch believes it writes."""
+    """Stands for a kernel, and keeps the tensors that it is passed, and those that torch believes it writes."""
 
     kernel: object
     written: list[torch.Tensor] = field(default_factory=list)
+    passed: list[torch.Tensor] = field(default_factory=list)
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             options = {"num_warps", "num_stages"}
             named = {k: v for k, v in kwargs.items() if k not in options}
             arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | named
+            self.passed += [v for v in arguments.values() if isinstance(v, torch.Tensor)]
             for name in believed_written(self.kernel, arguments):
                 self.written.append(arguments[name])
 
@@ -71,6 +73,19 @@ def test_inputs_and_weights_are_not(name):
     ]
     lists = [v for v in vars(arguments).values() if isinstance(v, list)]
     assert_only_outputs(kernel.written, *inputs, *(t for v in lists for t in v if t is not None))
+
+
+@pytest.mark.parametrize("name", operations(1))
+def test_an_activation_is_passed_once(name):
+    """Inductor writes a copy of it for each time that it is."""
+    op, *args = operations(1)[name]
+    arguments = arguments_of(op, args)
+    kernel = Analysed(KERNELS[op].kernel)
+    KERNELS[op].launch(kernel, arguments, None)
+    for activation in ("x", "q", "hidden", "times", "score"):
+        value = getattr(arguments, activation, None)
+        if value is not None and name != "sketch":  # which makes digits of it first
+            assert [t.data_ptr() for t in kernel.passed].count(value.data_ptr()) == 1
 
 
 @pytest.mark.parametrize("scale", [None, torch.ones(70)], ids=["plain", "scaled"])
