@@ -29,6 +29,7 @@ from dejavu_compile.passes.find_sites import find_sites, resolve
 from dejavu_compile.passes.fuse import fuse
 from dejavu_compile.passes.gemv import use_gemv
 from dejavu_compile.passes.normalize import normalize
+from dejavu_compile.passes.one_buffer import one_buffer
 from dejavu_compile.passes.rewrite import rewrite
 from dejavu_compile.passes.schedule import Issue, schedule
 from dejavu_compile.passes.site import Found, Policy, SiteKind
@@ -131,7 +132,10 @@ def prepare(
             fuse(gm)
             count_together(gm)
         dump.graph("gemv", gm)
-    if not modified:
+    if modified:
+        one_buffer(gm)
+        dump.graph("one_buffer", gm)
+    else:
         normalized.restore()
     log.info("%d sites sparse, %d dense", plan.num_sparse, len(plan.sites) - plan.num_sparse)
     for site_plan in plan.sites:

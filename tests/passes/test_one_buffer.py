@@ -1,0 +1,115 @@
+"""What several of our kernels read is one buffer, and nothing else changes."""
+
+import sys
+
+import models
+import pytest
+import torch
+from tiny import text, texts, tiny
+from torch import nn
+
+import dejavu_compile as dv
+from dejavu_compile.passes import gemv
+from dejavu_compile.passes.gemv import use_gemv
+from dejavu_compile.passes.one_buffer import one_buffer
+
+aten, ops = torch.ops.aten, torch.ops.dejavu
+backend = sys.modules["dejavu_compile.backend"]
+
+
+@pytest.fixture(autouse=True)
+def every_size(monkeypatch):
+    monkeypatch.setattr(gemv, "CPU_FROM", 0)
+
+
+class Norm(nn.Module):
+    """Projections of a normed input, four in a launch; `change` to the norm before them."""
+
+    def __init__(self, change=None, weights=5):
+        super().__init__()
+        self.change = change
+        self.norm = nn.LayerNorm(32)
+        self.outs = nn.ModuleList(nn.Linear(32, 16 + 8 * i) for i in range(weights))
+
+    def forward(self, x):
+        y = self.norm(x)
+        if self.change is not None:
+            y = self.change(y)
+        return [out(y) for out in self.outs]
+
+
+def written_under_another_name(y):
+    y.view(-1).mul_(2)
+    return y
+
+
+def run(model, width=32):
+    x = models.tokens(count=1, width=width)
+    got, recorder = models.record(model, x, passes=(use_gemv, one_buffer))
+    for one, expected in zip(got, model(x), strict=True):
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+    graph = recorder.gm.graph
+    inputs = [
+        n.args[0] for n in graph.find_nodes(op="call_function", target=ops.gemv.default)
+    ]  # fmt: skip
+    return recorder.results[-1], inputs
+
+
+def test_two_kernels_read_one_value():
+    count, inputs = run(Norm())
+    assert count == 1
+    assert len(inputs) == 2
+    assert set(inputs) == {inputs[0]}
+    assert inputs[0].target is aten.as_strided.default
+
+
+def test_one_kernel_is_left_alone():
+    count, inputs = run(Norm(weights=2))
+    assert count == 0
+    assert inputs[0].target is aten.reshape.default
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y: torch.stack([y, y])[1],  # begins in the middle of its memory
+        lambda y: torch.cat([y, y], -1)[..., ::2],  # not contiguous
+        written_under_another_name,
+    ],
+    ids=["offset", "strided", "written"],
+)
+def test_what_is_not_a_value_of_its_own_is_left_alone(change):
+    count, inputs = run(Norm(change))
+    assert count == 0
+    assert all(one.target is not aten.as_strided.default for one in inputs)
+
+
+@pytest.mark.parametrize("issue", ["inline", "side_stream"])
+@torch.no_grad()
+def test_a_predictors_source_is_the_buffer_that_its_site_and_its_join_read(issue, monkeypatch):
+    model, graphs, prepare = tiny("opt", layers=3), [], backend.prepare
+    dv.calibrate(model, texts(), density=0.5, progress=False)
+    expected = model(text(5, batch=1, length=8)).logits
+
+    def spy(gm, *args, **kwargs):
+        result = prepare(gm, *args, **kwargs)
+        graphs.append(gm.graph)
+        return result
+
+    monkeypatch.setattr(backend, "prepare", spy)
+    options = {"dejavu.issue": issue}
+    model.compile(backend="dejavu_eager", options=options)
+    step = {"do_sample": False, "cache_implementation": "static", "max_new_tokens": 3}
+    model.generate(text(5, batch=1, length=8), **step)
+    graph = graphs[-1]
+    selects = ops.select.default if issue == "inline" else ops.select_begin.default
+    joins = graph.find_nodes(op="call_function", target=ops.select_join.default)
+    sources = [n.args[0] for n in graph.find_nodes(op="call_function", target=selects)]
+    assert len(sources) == 2
+    assert all(source.target is aten.as_strided.default for source in sources)
+    if issue == "side_stream":
+        assert [join.args[3] for join in joins] == sources
+    rows = graph.find_nodes(op="call_function", target=ops.gathered_rows.default)
+    # The site that is predicted from, where that is sparse too, reads the very same.
+    assert rows[0].args[0] is sources[1]
+    assert expected.isfinite().all()
