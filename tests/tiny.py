@@ -5,12 +5,15 @@ Hidden 128 and 256 units, so that a predictor of rank 16 fits five per cent of a
 
 import dataclasses
 import math
+import sys
+from unittest import mock
 
 import torch
 import transformers
-from torch import nn
+from torch import fx, nn
 
 from dejavu_compile import Calibration
+from dejavu_compile.passes import gemv
 from dejavu_compile.predictors import ThresholdCurve
 
 VOCABULARY = 128
@@ -83,3 +86,24 @@ def selecting_everything(calibration: Calibration) -> Calibration:
         dataclasses.replace(site, curve=curve, density=0.1, metrics=None)
         for site in calibration.sites
     )
+
+
+def decode_graph(model: nn.Module, **options: object) -> fx.Graph:
+    """The graph of a decode step as our passes leave it, at one sequence with a static cache; GEMVs of every size are ops of ours."""
+    backend, graphs = sys.modules["dejavu_compile.backend"], []
+    prepare = backend.prepare
+
+    def spy(gm: fx.GraphModule, *args: object, **kwargs: object) -> object:
+        result = prepare(gm, *args, **kwargs)
+        graphs.append(gm.graph)
+        return result
+
+    torch.compiler.reset()
+    with mock.patch.object(backend, "prepare", spy), mock.patch.object(gemv, "CPU_FROM", 0):
+        model.compile(
+            backend="dejavu_eager", options={f"dejavu.{k}": v for k, v in options.items()}
+        )
+        model.generate(
+            text(5, batch=1, length=8), max_new_tokens=3, do_sample=False, cache_implementation="static"
+        )  # fmt: skip
+    return graphs[-1]

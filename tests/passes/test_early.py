@@ -1,7 +1,6 @@
 """What kernels may read before the one before them has ended."""
 
 import random
-import sys
 from functools import cache
 
 import models
@@ -9,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import text, texts, tiny
+from tiny import decode_graph, texts, tiny
 from torch import nn
 
 import dejavu_compile as dv
@@ -20,7 +19,6 @@ from dejavu_compile.passes.emit import Emitter
 from dejavu_compile.passes.gemv import use_gemv
 
 ops = torch.ops.dejavu
-backend = sys.modules["dejavu_compile.backend"]
 
 
 @pytest.fixture(autouse=True)
@@ -68,25 +66,9 @@ def test_a_weight_that_is_written_may_not():
 
 def decode_step(name, **how):
     """The graph of a decode step of a tiny decoder of three layers, as our passes leave it."""
-    torch.compiler.reset()
-    model, graphs = tiny(name, layers=3), []
+    model = tiny(name, layers=3)
     dv.calibrate(model, texts(), progress=False, **how)
-    run = backend.prepare
-
-    def spy(gm, *args, **kwargs):
-        result = run(gm, *args, **kwargs)
-        graphs.append(gm.graph)
-        return result
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "prepare", spy)
-        patch.setattr(gemv, "CPU_FROM", 0)
-        model.compile(backend="dejavu_eager")
-        model.generate(
-            text(5, batch=1, length=8), max_new_tokens=3, do_sample=False,
-            cache_implementation="static",
-        )  # fmt: skip
-    return graphs[-1]
+    return decode_graph(model)
 
 
 def calls(graph, op):
