@@ -62,28 +62,29 @@ def assert_only_outputs(written, *inputs):
     assert not given & {tensor.data_ptr() for tensor in written}
 
 
-@pytest.mark.parametrize("name", operations(1))
-def test_inputs_and_weights_are_not(name):
+def analysed(name):
+    """An op's arguments by their names, and its kernel after a launch of it."""
     op, *args = operations(1)[name]
     arguments = arguments_of(op, args)
     kernel = Analysed(KERNELS[op].kernel)
     KERNELS[op].launch(kernel, arguments, None)
-    inputs = [
-        v for k, v in vars(arguments).items() if isinstance(v, torch.Tensor) and k != "arrived"
-    ]
-    lists = [v for v in vars(arguments).values() if isinstance(v, list)]
+    return vars(arguments), kernel
+
+
+@pytest.mark.parametrize("name", operations(1))
+def test_inputs_and_weights_are_not(name):
+    arguments, kernel = analysed(name)
+    inputs = [v for k, v in arguments.items() if isinstance(v, torch.Tensor) and k != "arrived"]
+    lists = [v for v in arguments.values() if isinstance(v, list)]
     assert_only_outputs(kernel.written, *inputs, *(t for v in lists for t in v if t is not None))
 
 
 @pytest.mark.parametrize("name", operations(1))
 def test_an_activation_is_passed_once(name):
     """Inductor writes a copy of it for each time that it is."""
-    op, *args = operations(1)[name]
-    arguments = arguments_of(op, args)
-    kernel = Analysed(KERNELS[op].kernel)
-    KERNELS[op].launch(kernel, arguments, None)
+    arguments, kernel = analysed(name)
     for activation in ("x", "q", "hidden", "times", "score"):
-        value = getattr(arguments, activation, None)
+        value = arguments.get(activation)
         if value is not None and name != "sketch":  # which makes digits of it first
             assert [t.data_ptr() for t in kernel.passed].count(value.data_ptr()) == 1
 
