@@ -66,7 +66,7 @@ def start_next(EARLY: tl.constexpr, SKIPS_HEADS: tl.constexpr = False):
     selection. Not by the L1 cache, which may hold older values. Where SKIPS_HEADS it is up to EARLY whether a call
     before the wait counts.
     """
-    if EARLY == 2 or (EARLY and not SKIPS_HEADS):
+    if EARLY == 2 or (EARLY and not SKIPS_HEADS):  # 2: HEADS_START, which a kernel can't name
         tl.extra.cuda.gdc_launch_dependents()
 
 

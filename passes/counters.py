@@ -10,6 +10,7 @@ from collections import defaultdict
 import torch
 from torch import fx
 
+from .in_place import computes
 from .separable import aten
 
 
@@ -27,14 +28,7 @@ def _counts(node: fx.Node) -> bool:
     )
     return all(
         o.untyped_storage()._cdata != storage for o in others if isinstance(o, torch.Tensor)
-    ) and all(_computes(u) for u in counter.users if u is not node)  # fmt: skip
-
-
-def _computes(node: fx.Node) -> bool:
-    """Gives a value of its own, not another name of its input."""
-    return isinstance(node.target, torch._ops.OpOverload) and not any(
-        r.alias_info is not None for r in node.target._schema.returns
-    )
+    ) and all(computes(u) for u in counter.users if u is not node)  # fmt: skip
 
 
 def count_together(gm: fx.GraphModule) -> int:

@@ -81,12 +81,13 @@ def targets_of(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def computes(node: fx.Node) -> bool:
+    """An op that by its schema gives a value of its own, not another name of its input."""
+    return isinstance(node.target, torch._ops.OpOverload) and not any(
+        result.alias_info is not None for result in node.target._schema.returns
+    )
+
+
 def _may_alias(node: fx.Node) -> bool:
-    """The result can share storage with the first input."""
-    if node.op != "call_function":
-        return False
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return True  # getitem of what a split returned
-    if node.target in IDENTITY | VIEWS:
-        return True
-    return any(result.alias_info is not None for result in node.target._schema.returns)
+    """The result can share storage with the first input, as a getitem of what a split returned does."""
+    return node.op == "call_function" and (node.target in IDENTITY | VIEWS or not computes(node))

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from .emit import Emitter
-from .in_place import written
+from .in_place import computes, written
 from .separable import IDENTITY, VIEWS, aten
 
 
@@ -63,12 +63,10 @@ def _viewed(value: fx.Node) -> fx.Node:
 
 def _is_fresh(node: fx.Node) -> bool:
     """Computed by Inductor's own code, into memory of its own."""
-    if not isinstance(node.target, torch._ops.OpOverload) or _is_ours(node):
-        return False
     if node.target in IDENTITY:  # a cast makes a new value only where it changes something
         source = node.args[0].meta["val"]
         return source.untyped_storage()._cdata != node.meta["val"].untyped_storage()._cdata
-    return all(result.alias_info is None for result in node.target._schema.returns)
+    return computes(node) and not _is_ours(node)
 
 
 def _is_plain(node: fx.Node) -> bool:

@@ -40,16 +40,13 @@ def written_under_another_name(y):
     return y
 
 
-def run(model, width=32):
-    x = models.tokens(count=1, width=width)
+def run(model):
+    x = models.tokens(count=1, width=32)
     got, recorder = models.record(model, x, passes=(use_gemv, one_buffer))
     for one, expected in zip(got, model(x), strict=True):
         torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
-    graph = recorder.gm.graph
-    inputs = [
-        n.args[0] for n in graph.find_nodes(op="call_function", target=ops.gemv.default)
-    ]  # fmt: skip
-    return recorder.results[-1], inputs
+    gemvs = recorder.gm.graph.find_nodes(op="call_function", target=ops.gemv.default)
+    return recorder.results[-1], [node.args[0] for node in gemvs]
 
 
 def test_two_kernels_read_one_value():
