@@ -264,6 +264,7 @@ GATED_ABOVE = 2 * PROCESSORS  # blocks of keys
 LEAST = 16  # rows and columns of a matrix product
 MOST_JOINED = 8192  # elements of parts that one program holds at a time
 MOST_SPLITS = 128  # whose parts one program joins
+MOST_OF_A_WARP = 32  # whose parts one warp joined when smaller blocks were timed
 
 
 def attention_config(groups: int, slots: int, itemsize: int, group: int = 1) -> Config:
@@ -274,9 +275,10 @@ def attention_config(groups: int, slots: int, itemsize: int, group: int = 1) -> 
     """
     blocks = cdiv(slots, BLOCK_S)
     if groups * blocks <= 6 * PROCESSORS:
-        small = (
-            BLOCK_S // 4 if groups * cdiv(slots, BLOCK_S // 4) <= 8 * PROCESSORS else BLOCK_S // 2
-        )
+        small = BLOCK_S // 4
+        splits = cdiv(slots, small)
+        if splits > MOST_OF_A_WARP or groups * splits > 8 * PROCESSORS:
+            small = BLOCK_S // 2
         block_s, warps = (BLOCK_S, 4) if group > 1 else (small, 1)
         return {
             "splits": cdiv(slots, block_s), "per_split": block_s, "BLOCK_S": block_s,
