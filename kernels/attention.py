@@ -89,7 +89,13 @@ def _attention_kernel(
     head = g * GROUP + row
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
-    # Asked for beside the score: one latency less. Heads that don't run may hold anything, and are dropped below.
+    # All are asked for beside the score: one latency less each. Heads that don't run may hold anything, and are dropped below.
+    begin = split * per_split
+    stop = tl.minimum(begin + per_split, slots)
+    mask_ptr += b * mask_b
+    if SCAN:
+        every = begin + tl.arange(0, SCAN)
+        seen = tl.load(mask_ptr + every * mask_s, mask=every < stop, other=0) != 0
     q = tl.load(
         q_ptr + b * q_b + head[:, None] * q_h + d[None, :],
         mask=(row < GROUP)[:, None] & (d[None, :] < D), other=0.0,
@@ -104,12 +110,7 @@ def _attention_kernel(
         cap = tl.full([1], softcap, tl.float32)
         k_ptr += b.to(tl.int64) * k_b + g.to(tl.int64) * k_h
         v_ptr += b.to(tl.int64) * v_b + g.to(tl.int64) * v_h
-        mask_ptr += b * mask_b
-        begin = split * per_split
-        stop = tl.minimum(begin + per_split, slots)
         if SCAN:
-            every = begin + tl.arange(0, SCAN)
-            seen = tl.load(mask_ptr + every * mask_s, mask=every < stop, other=0) != 0
             begin = tl.min(tl.where(seen, every, stop), axis=0)
             stop = tl.max(tl.where(seen, every + 1, begin), axis=0)
             if tl.sum(seen.to(tl.int32), axis=0) == stop - begin:
@@ -231,16 +232,13 @@ def _join(
     E: tl.constexpr, GROUP: tl.constexpr, SELECT: tl.constexpr, SPLITS: tl.constexpr, JOIN: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """JOIN heads from what their splits left, all asked for at once; zero for one that doesn't run."""
+    """JOIN heads from what their splits left, all asked for at once; zero for one that doesn't run, which left nothing."""
     e = tl.arange(0, BLOCK_E)
     s = tl.arange(0, SPLITS)
     row = first + tl.arange(0, JOIN)
     inside = row < GROUP
     at = group_at + row
     mine = inside[:, None] & (s < splits)[None, :]  # [JOIN, SPLITS]
-    if SELECT:
-        score = tl.load(score_ptr + at, mask=inside, other=-1.0).to(tl.float32)
-        mine = mine & ((score > 0) | (score != score))[:, None]
     place = at[:, None] * splits + s[None, :]
     largest = tl.load(stats_ptr + 2 * place, mask=mine, other=float("-inf"), cache_modifier=".cg")
     total = tl.load(stats_ptr + 2 * place + 1, mask=mine, other=0.0, cache_modifier=".cg")
@@ -249,6 +247,12 @@ def _join(
         part_ptr + place.to(tl.int64)[:, :, None] * E + e[None, None, :],
         mask=mine[:, :, None] & (e < E)[None, None, :], other=0.0, cache_modifier=".cg",
     )  # fmt: skip
+    if SELECT and GROUP > 1:  # a lone head runs, or nothing would be joined
+        score = tl.load(score_ptr + at, mask=inside, other=-1.0).to(tl.float32)
+        runs = ((score > 0) | (score != score))[:, None]
+        largest = tl.where(runs, largest, float("-inf"))
+        total = tl.where(runs, total, 0.0)
+        part = tl.where(runs[:, :, None], part, 0.0)
     highest = tl.max(largest, axis=1)
     anchor = tl.where(highest == float("-inf"), 0.0, highest)
     weight = tl.exp(largest - anchor[:, None])
