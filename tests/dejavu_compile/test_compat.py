@@ -136,9 +136,17 @@ def test_torch_is_left_as_it_was():
 
 
 @pytest.mark.parametrize(
-    "rows, width, kept", [(1, 4096, True), (1, 16384, False), (8, 4096, False)]
+    "rows, width, kept, fixed",
+    [
+        (1, 4096, True, False),
+        (1, 9216, True, True),
+        (1, 16384, True, True),
+        (1, 16385, False, False),
+        (8, 4096, False, False),
+        (8, 9216, False, False),
+    ],
 )
-def test_only_a_lone_short_row_is_kept_in_registers(rows, width, kept):
+def test_only_a_lone_short_row_is_kept_in_registers(rows, width, kept, fixed):
     seen = []
 
     class Usual(InductorChoices):
@@ -149,11 +157,24 @@ def test_only_a_lone_short_row_is_kept_in_registers(rows, width, kept):
 
     features = SimpleNamespace(numel=sympy.Integer(rows), reduction_numel=sympy.Integer(width))
     graph = SimpleNamespace(sizevars=SizeVarAllocator())
+
+    def asked():
+        kwargs = V.choices.triton_kernel_kwargs(TritonKernel, features, [], {"features": features})
+        assert kwargs.pop("features") is features
+        config = kwargs.pop("fixed_config", None)
+        assert not kwargs
+        return V.choices.should_use_persistent_reduction(features, False), config is not None
+
     with V.set_choices_handler(Usual()), V.set_graph_handler(graph):
         before = V.choices
         with _compat.norms_in_one_step():
-            assert V.choices.should_use_persistent_reduction(features, False) == kept
-            with _compat.inductor_config.patch({"triton.persistent_reductions": False}):
-                assert not V.choices.should_use_persistent_reduction(features, False)
+            assert asked() == (kept, fixed)
+            for other in (
+                {"triton.persistent_reductions": False},
+                {"triton.cooperative_reductions": True},
+                {"triton.multi_kernel": 1},
+            ):
+                with _compat.inductor_config.patch(other):
+                    assert asked() == (False, False)
         assert V.choices is before
-    assert seen == [features, features]
+    assert seen == [features] * 4
