@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dejavu_compile.kernels import HEADS_START
+from dejavu_compile.kernels import EARLY, HEADS_START
 from dejavu_compile.kernels.attention import (
     _attention_kernel,
     attention_candidates,
@@ -57,7 +57,7 @@ class LaunchedEarly:
     def __getitem__(self, grid: tuple) -> Callable[..., Any]:
         run = self.kernel[grid]
         return lambda *args, **kwargs: run(
-            *args, **{**kwargs, "EARLY": HEADS_START, "launch_pdl": True}
+            *args, **{**kwargs, "EARLY": EARLY | HEADS_START, "launch_pdl": True}
         )
 
 
@@ -96,7 +96,7 @@ KERNELS = {
             kernel, a.x, a.weight, a.bias, (a.index, a.count), a.activation, times=a.times, config=config
         ),
         lambda a: rows_key(a.x, a.weight, None, a.times),
-        lambda a: rows_candidates(a.weight.shape[0], a.x.shape[1], a.x.shape[0]),
+        lambda a: rows_candidates(a.weight.shape[0], a.x.shape[1], a.x.shape[0], a.times is None),
         lambda a: SiteKind.MLP,
         lambda a, out: out[:, : int(a.count)],
     ),
@@ -106,7 +106,7 @@ KERNELS = {
             kernel, a.x, a.gate, a.gate_bias, (a.index, a.count), a.activation, a.up, a.up_bias, config=config
         ),
         lambda a: rows_key(a.x, a.gate, a.up, None),
-        lambda a: rows_candidates(a.gate.shape[0], a.x.shape[1], a.x.shape[0]),
+        lambda a: rows_candidates(a.gate.shape[0], a.x.shape[1], a.x.shape[0], False),
         lambda a: SiteKind.MLP,
         lambda a, out: out[:, : int(a.count)],
     ),

@@ -6,7 +6,7 @@ if __name__ == "kernels":
 
     hand_over()
 else:
-    from ._triton import HEADS_START, HEADS_WAIT
+    from ._triton import EARLY, HEADS_START, ROWS_START
     from .attention import attention_reference, decode_attention, decode_attention_cpu
     from .gathered_sum import gathered_sum, gathered_sum_reference
     from .gemv import gemv, gemv_reference
@@ -24,8 +24,9 @@ else:
     from .sketch import sketch_score, sketch_score_reference
 
 __all__ = [
+    "EARLY",
     "HEADS_START",
-    "HEADS_WAIT",
+    "ROWS_START",
     "attention_reference",
     "compact",
     "compact_reference",

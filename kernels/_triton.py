@@ -52,21 +52,23 @@ def power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-# Programmatic dependent launch, the EARLY of every kernel: the compiler decides (`passes/early.py`). 0 is without.
-HEADS_WAIT = 1  # kernels that skip heads wait before they let the next one start
-HEADS_START = 2  # they let it start first, as other kernels do
+# Programmatic dependent launch, the EARLY of every kernel: the compiler decides (`passes/early.py`). 0 is without, else a sum of
+EARLY = 1
+HEADS_START = (
+    2  # kernels that skip heads let the next one start before they wait, as most kernels do
+)
+ROWS_START = 4  # gathered rows do too, and read their selection before they wait
 
 
 @jit
-def start_next(EARLY: tl.constexpr, SKIPS_HEADS: tl.constexpr = False):
+def start_next(EARLY: tl.constexpr, FLAG: tl.constexpr = 0):
     """Let the next kernel's programs start, where there is room, as soon as all of this one's have.
 
     Said before `wait_for_previous`, three and more kernels overlap: weights arrive while small kernels run. Said behind
     it, the next kernel knows that all before this one have ended, and before it waits may read what they wrote: a
-    selection. Not by the L1 cache, which may hold older values. Where SKIPS_HEADS it is up to EARLY whether a call
-    before the wait counts.
+    selection. Not by the L1 cache, which may hold older values. With a FLAG it counts only where EARLY has it.
     """
-    if EARLY == 2 or (EARLY and not SKIPS_HEADS):  # 2: HEADS_START, which a kernel can't name
+    if EARLY and (EARLY & FLAG) == FLAG:
         tl.extra.cuda.gdc_launch_dependents()
 
 

@@ -80,7 +80,7 @@ def _attention_kernel(
     A group of which no head runs ends at once. Of the others the last split to finish joins what all of them left, of JOIN
     heads at a time. SPLITS is a power of two, at least the number of splits.
     """
-    start_next(EARLY, SELECT)
+    start_next(EARLY, 2 if SELECT else 0)  # HEADS_START, which a kernel can't name
     wait_for_previous(EARLY)
     start_next(EARLY)
     at, split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)

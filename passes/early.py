@@ -7,18 +7,19 @@ So before it waits a kernel may read
 
     weights that nothing in the graph writes
     a selection, or scores, once a kernel that waits first depends on them:  select -> rows -> sum
+    a selection of the side stream, once the join has waited for it:  begin, ..., join -> rows -> sum
 
-Gathered rows wait first, and sums by unit. GEMVs that skip rows of heads, and attention that skips heads, do so where nothing
-else comes between scores and their last reader, as where an MLP is dense.
+Sums by unit always wait first. Gathered rows do unless their selections are of the side stream; GEMVs that skip rows of heads, and
+attention that skips heads, where nothing else comes between scores and their last reader.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from dejavu_compile.kernels import HEADS_START, HEADS_WAIT
+from dejavu_compile.kernels import EARLY, HEADS_START, ROWS_START
 
 from .in_place import written
 from .separable import VIEWS, aten, computed_from
@@ -27,6 +28,7 @@ ops = torch.ops.dejavu
 
 MAYBE_VIEWS = VIEWS | {aten.slice.Tensor}
 SCORES = {ops.gemv.default: 5, ops.decode_attention.default: 6}  # position among the arguments
+ROWS = {ops.gathered_rows.default: 3, ops.gathered_glu.default: 5}  # of the selection, likewise
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,40 +41,39 @@ class EarlyLaunch:
 
 def early_launch(graph: fx.Graph) -> EarlyLaunch:
     """The mode in which most kernels overlap."""
-    in_place = written(graph)
-    given = {_storage(n) for n in graph.nodes if n.op in {"placeholder", "get_attr"}}
-    for node in graph.nodes:
-        for weight in _weights_read_early(node):
-            if weight in in_place or _storage(weight) not in given:
-                return EarlyLaunch(
-                    0,
-                    f"{node.name} reads {weight.name}, a weight that the graph computes or writes",
-                )
-    reason = None
-    for mode, waits_first in ((HEADS_START, _waits_first), (HEADS_WAIT, _or_skips_heads)):
-        reason = _unsettled(graph, waits_first)
+    in_place, reason = written(graph), None
+    for mode in _modes(graph):
+        reason = _computed(graph, mode, in_place) or _unsettled(graph, mode, in_place)
         if reason is None:
             return EarlyLaunch(mode)
     return EarlyLaunch(0, reason)
 
 
-def _waits_first(node: fx.Node) -> bool:
-    """Whether a kernel waits before it lets the next one start, in either mode."""
-    sums_by_unit = node.target is ops.gathered_sum.default and not node.args[4]
-    return sums_by_unit or node.target in {ops.gathered_rows.default, ops.gathered_glu.default}
+def _modes(graph: fx.Graph) -> Iterator[int]:
+    """The one first in which most kernels overlap."""
+    if any(node.target in ROWS for node in graph.nodes):
+        yield EARLY | HEADS_START | ROWS_START
+        yield EARLY | ROWS_START
+    yield EARLY | HEADS_START
+    yield EARLY
 
 
-def _or_skips_heads(node: fx.Node) -> bool:
-    """Likewise where those that skip heads wait first too."""
+def _waits_first(node: fx.Node, mode: int) -> bool:
+    """Whether a kernel waits before it lets the next one start."""
+    if node.target in ROWS:
+        return not mode & ROWS_START
+    if node.target is ops.gathered_sum.default:
+        return not node.args[4]
     at = SCORES.get(node.target)
-    return _waits_first(node) or (
-        at is not None and len(node.args) > at and node.args[at] is not None
-    )
+    skips_heads = at is not None and len(node.args) > at and node.args[at] is not None
+    return skips_heads and not mode & HEADS_START
 
 
-def _weights_read_early(node: fx.Node) -> list[fx.Node]:
+def _weights_read_early(node: fx.Node, mode: int) -> list[fx.Node]:
     if node.target is ops.gemv.default:
         return node.args[1]
+    if node.target in ROWS:
+        return [node.args[1]] if mode & ROWS_START else []
     if node.target in {ops.gathered_sum.default, ops.head_sum.default}:
         return [node.args[1]]
     if node.target is ops.sketch_score.default:
@@ -82,31 +83,59 @@ def _weights_read_early(node: fx.Node) -> list[fx.Node]:
     return []
 
 
-def _selection_read_early(node: fx.Node) -> fx.Node | None:
+def _computed(graph: fx.Graph, mode: int, in_place: frozenset[fx.Node]) -> str | None:
+    """A weight that is read early and may not be there by then."""
+    given = {_storage(n) for n in graph.nodes if n.op in {"placeholder", "get_attr"}}
+    for node in graph.nodes:
+        for weight in _weights_read_early(node, mode):
+            if weight in in_place or _storage(weight) not in given:
+                return (
+                    f"{node.name} reads {weight.name}, a weight that the graph computes or writes"
+                )
+    return None
+
+
+def _selection_read_early(node: fx.Node, mode: int) -> fx.Node | None:
     """The selection or the scores that a kernel reads before it waits."""
+    if node.target in ROWS:
+        return node.args[ROWS[node.target]] if mode & ROWS_START else None
     if node.target is ops.gathered_sum.default and node.args[4]:
         return node.args[2]
     return node.args[2] if node.target is ops.head_sum.default else None
 
 
-def _unsettled(graph: fx.Graph, waits_first: Callable[[fx.Node], bool]) -> str | None:
+def _unsettled(graph: fx.Graph, mode: int, in_place: frozenset[fx.Node]) -> str | None:
     """What is read early that may not have been computed by then."""
     for node in graph.nodes:
-        chosen = _selection_read_early(node)
-        if chosen is not None and not _settled(chosen, node.args[0], waits_first):
+        chosen = _selection_read_early(node, mode)
+        if chosen is not None and not _settled(chosen, node.args[0], mode, in_place):
             return f"{node.name} reads {chosen.name} early, and no kernel in between waits first"
     return None
 
 
-def _settled(chosen: fx.Node, value: fx.Node, waits_first: Callable[[fx.Node], bool]) -> bool:
-    """Whether a kernel that waits first depends on `chosen`, and `value` on that kernel."""
+def _settled(chosen: fx.Node, value: fx.Node, mode: int, in_place: frozenset[fx.Node]) -> bool:
+    """Whether `chosen` is there: given, joined, or read by a kernel that waits first and that `value` depends on."""
     origin, as_read = _origin(chosen)
     if not as_read.is_contiguous():
         return False  # its reader makes a copy, just before it
+    if origin.op == "get_attr" and origin not in in_place:
+        return True
+    if any(_joins(user, origin) for user in origin.users):
+        return True
     return any(
-        waits_first(node) and origin in computed_from(node, origin)
+        _waits_first(node, mode) and origin in computed_from(node, origin)
         for node in computed_from(value, origin)
     )
+
+
+def _joins(node: fx.Node, index: fx.Node) -> bool:
+    """Whether `node`, which comes before every reader, waits until the side stream has made this selection.
+
+    Of a source in pieces the predictor runs in line (`kernels/lookahead.py`).
+    """
+    if node.target is not ops.select_join.default or node.args[0] is not index:
+        return False
+    return node.args[3].meta["val"].is_contiguous()
 
 
 def _origin(node: fx.Node) -> tuple[fx.Node, torch.Tensor]:
