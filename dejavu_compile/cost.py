@@ -6,16 +6,16 @@ cached keys and values a unit and sequence, m tokens (each of a sequence of its 
 
     dense                   n u                          + m n K
     exact, gate             n c + q rho_m n (u - c)
-    predict, sketch         q rho_m n u + P              + m rho n K
-    predict, cache only     n u + P                      + m rho n K
+    predict, sketch         q rho_m n u + p P            + m rho n K
+    predict, cache only     n u + p P                    + m rho n K
 
 Weights are read for the union of the tokens' selections: rho_m = 1 - (1 - rho)^m if they choose
 independently, which is the worst case, since tokens of one text agree more. A cache belongs to one
 sequence, so no batch makes its saving smaller.
 
-q is 1 on a CPU, and for one token. A GPU's kernels go through a selected row once for four tokens, and several tokens
-are more arithmetic than it does on the way: q is 2 for two to four of them, 3 for up to eight. (H100, d 4096 and 9216, MLP at
-10 %: a row took 1.3 to 1.9 times as long as its share of a library GEMM at 2 and 4 tokens, 2.3 to 3.0 at 8)
+q and p are 1 on a CPU, and for one token. A GPU's kernels go through a selected row once for four tokens, and several tokens are
+more arithmetic than it does on the way: q = 1.6 + m / 4. Predictors go through their weights once for each: p = m. (H200,
+OPT-6.7B, MLPs at 10 %, at 2, 4 and 8 sequences against library GEMMs: q 2.2, 2.7, 3.6; at 4, p 4)
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from dejavu_compile.passes.demand import sizes
 from dejavu_compile.passes.read_attention import as_decode_attention
 from dejavu_compile.passes.site import Carrier, Execution, Policy, Site
 
-n, u, c, P, m, q = sympy.symbols("n u c P m q", positive=True)
+n, u, c, P, m, q, p = sympy.symbols("n u c P m q p", positive=True)
 K = sympy.Symbol("K", nonnegative=True)
 rho = sympy.Symbol("rho", nonnegative=True)
 
@@ -37,23 +37,23 @@ UNION = 1 - (1 - rho) ** m
 CACHE = m * rho * n * K
 BYTES = {
     Policy.DENSE: n * u + m * n * K,
-    Policy.PREDICT: q * UNION * n * u + P + CACHE,
-    Policy.SKETCH: q * UNION * n * u + P + CACHE,
+    Policy.PREDICT: q * UNION * n * u + p * P + CACHE,
+    Policy.SKETCH: q * UNION * n * u + p * P + CACHE,
     Policy.EXACT: n * c + q * UNION * n * (u - c),
     Policy.GATE: n * c + q * UNION * n * (u - c),
 }
-BYTES_CACHE_ONLY = n * u + P + CACHE
+BYTES_CACHE_ONLY = n * u + p * P + CACHE
 
 
 @cache
 def _compiled(form: sympy.Expr) -> Callable[..., float]:
-    return sympy.lambdify((n, u, c, P, K, q, m, rho), form)
+    return sympy.lambdify((n, u, c, P, K, q, p, m, rho), form)
 
 
 @cache
 def _break_even(policy: Policy) -> Callable[..., float]:
     """Density at which a policy reads as much as dense, for one token."""
-    (solution,) = sympy.solve((BYTES[policy] - BYTES[Policy.DENSE]).subs({m: 1, q: 1}), rho)
+    (solution,) = sympy.solve((BYTES[policy] - BYTES[Policy.DENSE]).subs({m: 1, q: 1, p: 1}), rho)
     return sympy.lambdify((n, u, c, P, K), solution)
 
 
@@ -74,8 +74,9 @@ class SiteCost:
     ) -> float:  # fmt: skip
         """Bytes read a step under `policy`."""
         form = BYTES_CACHE_ONLY if execution is Execution.CACHE else BYTES[policy]
-        times = 1 + -(-tokens // 4) if self.several_cost_more and tokens > 1 else 1
-        return float(_compiled(form)(*self._sizes, times, tokens, density))
+        more = self.several_cost_more and tokens > 1
+        times = (1.6 + tokens / 4, tokens) if more else (1, 1)
+        return float(_compiled(form)(*self._sizes, *times, tokens, density))
 
     def break_even(self, policy: Policy) -> float:
         """The density above which `policy` reads more than dense, at one token."""

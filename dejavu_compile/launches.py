@@ -96,7 +96,7 @@ KERNELS = {
             kernel, a.x, a.weight, a.bias, (a.index, a.count), a.activation, times=a.times, config=config
         ),
         lambda a: rows_key(a.x, a.weight, None, a.times),
-        lambda a: rows_candidates(a.weight.shape[0], a.x.shape[1], a.x.shape[0], a.times is None),
+        lambda a: rows_candidates(a.weight.shape[0], a.x.shape[1], a.x.shape[0]),
         lambda a: SiteKind.MLP,
         lambda a, out: out[:, : int(a.count)],
     ),
@@ -106,7 +106,7 @@ KERNELS = {
             kernel, a.x, a.gate, a.gate_bias, (a.index, a.count), a.activation, a.up, a.up_bias, config=config
         ),
         lambda a: rows_key(a.x, a.gate, a.up, None),
-        lambda a: rows_candidates(a.gate.shape[0], a.x.shape[1], a.x.shape[0], False),
+        lambda a: rows_candidates(a.gate.shape[0], a.x.shape[1], a.x.shape[0]),
         lambda a: SiteKind.MLP,
         lambda a, out: out[:, : int(a.count)],
     ),

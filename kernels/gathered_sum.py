@@ -57,10 +57,10 @@ def _unit(index_ptr, slot, n):
 
 
 @jit
-def _asked(weight_ptr, index_ptr, slot, count, column, n, d, stride):
+def _asked(weight_ptr, index_ptr, slot, last, column, n, d, stride):
     """The units of some slots, and their weights, which are on their way."""
     unit = _unit(index_ptr, slot, n)
-    return unit, rows_of(weight_ptr, unit, slot < count, column, d, stride)
+    return unit, rows_of(weight_ptr, unit, slot < last, column, d, stride)
 
 
 @jit
@@ -72,11 +72,11 @@ def times_of(values, at, live, w):
 
 @jit
 def _add(
-    total0, total1, total2, total3, values, n, slot, unit, w, count,
+    total0, total1, total2, total3, values, n, slot, unit, w, last,
     TOKENS: tl.constexpr, COMPACTED: tl.constexpr,
 ):  # fmt: skip
     """Rows that are read once, weighed by up to four tokens and added to their sums."""
-    at, live = slot if COMPACTED else unit, slot < count
+    at, live = slot if COMPACTED else unit, slot < last
     total0 += times_of(values, at, live, w)
     if TOKENS > 1:
         total1 += times_of(values + n, at, live, w)
@@ -93,8 +93,7 @@ def _sum_kernel(
     TOKENS: tl.constexpr, COMPACTED: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, FOUR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (column blocks, splits). A split takes every num_splits-th block of BLOCK_J slots: which these are doesn't depend on
-    how many are live, so their units are asked for beside the count.
+    """Grid (column blocks, splits). Each split takes an equal, contiguous share of the live slots.
 
     The weights of its first block of slots, or first FOUR, are asked for before it waits for the kernel before.
     Where there is more than one split (SPLIT), the last to finish a block of columns adds up what the others left.
@@ -107,21 +106,23 @@ def _sum_kernel(
     column = block * BLOCK_D + tl.arange(0, BLOCK_D)
     split, splits = tl.program_id(1), tl.num_programs(1)
     count = tl.load(count_ptr, cache_modifier=".cg")
-    step = splits * BLOCK_J
+    share = tl.cdiv(count, splits)
+    first = split * share
+    last = tl.minimum(first + share, count)
     for group in tl.static_range(0, TOKENS, 4):
         values = hidden_ptr + group * n
         total0 = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
         total1, total2, total3 = total0, total0, total0
-        slot = split * BLOCK_J + tl.arange(0, BLOCK_J)
-        unit, w = _asked(weight_ptr, index_ptr, slot, count, column, n, d, weight_stride)
+        slot = first + tl.arange(0, BLOCK_J)
+        unit, w = _asked(weight_ptr, index_ptr, slot, last, column, n, d, weight_stride)
         if FOUR:
-            slot1, slot2, slot3 = slot + step, slot + 2 * step, slot + 3 * step
-            unit1, w1 = _asked(weight_ptr, index_ptr, slot1, count, column, n, d, weight_stride)
-            unit2, w2 = _asked(weight_ptr, index_ptr, slot2, count, column, n, d, weight_stride)
-            unit3, w3 = _asked(weight_ptr, index_ptr, slot3, count, column, n, d, weight_stride)
+            slot1, slot2, slot3 = slot + BLOCK_J, slot + 2 * BLOCK_J, slot + 3 * BLOCK_J
+            unit1, w1 = _asked(weight_ptr, index_ptr, slot1, last, column, n, d, weight_stride)
+            unit2, w2 = _asked(weight_ptr, index_ptr, slot2, last, column, n, d, weight_stride)
+            unit3, w3 = _asked(weight_ptr, index_ptr, slot3, last, column, n, d, weight_stride)
         if COMPACTED:
             wait_for_previous(EARLY)
-        start = split * BLOCK_J
+        start = first
         if FOUR:
             slots, units, ws = (
                 (slot, slot1, slot2, slot3),
@@ -130,20 +131,20 @@ def _sum_kernel(
             )
             for k in tl.static_range(4):
                 total0, total1, total2, total3 = _add(
-                    total0, total1, total2, total3, values, n, slots[k], units[k], ws[k], count,
+                    total0, total1, total2, total3, values, n, slots[k], units[k], ws[k], last,
                     TOKENS - group, COMPACTED,
                 )  # fmt: skip
-            start += 4 * step
-            slot += 4 * step
-            unit, w = _asked(weight_ptr, index_ptr, slot, count, column, n, d, weight_stride)
-        next_unit = _unit(index_ptr, slot + step, n)
-        for _ in range(start, count, step):
-            following = slot + step
+            start += 4 * BLOCK_J
+            slot += 4 * BLOCK_J
+            unit, w = _asked(weight_ptr, index_ptr, slot, last, column, n, d, weight_stride)
+        next_unit = _unit(index_ptr, slot + BLOCK_J, n)
+        for _ in range(start, last, BLOCK_J):
+            following = slot + BLOCK_J
             # The next round's weights are asked for before this one's are waited for, and its units a round earlier.
-            next_w = rows_of(weight_ptr, next_unit, following < count, column, d, weight_stride)
-            unit_after = _unit(index_ptr, following + step, n)
+            next_w = rows_of(weight_ptr, next_unit, following < last, column, d, weight_stride)
+            unit_after = _unit(index_ptr, following + BLOCK_J, n)
             total0, total1, total2, total3 = _add(
-                total0, total1, total2, total3, values, n, slot, unit, w, count, TOKENS - group, COMPACTED
+                total0, total1, total2, total3, values, n, slot, unit, w, last, TOKENS - group, COMPACTED
             )  # fmt: skip
             slot, unit, w, next_unit = following, next_unit, next_w, unit_after
         totals = total0, total1, total2, total3

@@ -113,7 +113,7 @@ def _gemv_block(
         if OWNED:
             start_next(EARLY)
         for start in tl.static_range(0, TOKENS, 4):
-            ys = dots(x_ptr + start * D, row, begun, begun, live, D, TOKENS - start, BLOCK_D, 1)
+            ys = dots(x_ptr + start * D, row, begun, live, D, TOKENS - start, BLOCK_D)
             for token in tl.static_range(TOKENS - start if TOKENS - start < 4 else 4):
                 y = ys[token]
                 if BIAS:

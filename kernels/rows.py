@@ -83,21 +83,8 @@ def _products(x_ptr, w, at, D: tl.constexpr):
 
 
 @jit
-def second_columns(row, live, begun, D: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr):
-    """The next block of columns where AHEAD is 2, else nothing more than `begun`."""
-    if AHEAD == 1:
-        return begun
-    at = BLOCK_D + tl.arange(0, BLOCK_D)
-    return once(row + at[None, :], live[:, None] & (at[None, :] < D))
-
-
-@jit
-def dots(
-    x_ptr, row, begun, more, live, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
-    AHEAD: tl.constexpr,
-):  # fmt: skip
-    """The dot products of the first four tokens of x [TOKENS, D] with each of some rows, of which `begun` are the first columns,
-    and `more` the next where AHEAD is 2.
+def dots(x_ptr, row, begun, live, D: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The dot products of the first four tokens of x [TOKENS, D] with each of some rows, of which `begun` are the first columns.
 
     Four values, [BLOCK_J] each: the row is read once for all of them, and those past TOKENS are those of the first.
     """
@@ -115,10 +102,7 @@ def dots(
         total3 = _products(x_ptr + 3 * D, begun, at, D)
     for start in tl.static_range(BLOCK_D, D, BLOCK_D):
         at = start + tl.arange(0, BLOCK_D)
-        if AHEAD == 2 and start == BLOCK_D:
-            w = more
-        else:
-            w = once(row + at[None, :], live[:, None] & (at[None, :] < D))
+        w = once(row + at[None, :], live[:, None] & (at[None, :] < D))
         total0 += _products(x_ptr, w, at, D)
         if TOKENS > 1:
             total1 += _products(x_ptr + D, w, at, D)
@@ -147,11 +131,11 @@ def _rows_kernel(
     GLU: tl.constexpr, TIMES: tl.constexpr,
     BIAS: tl.constexpr, UP_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: a fixed number of programs, each taking every num_programs-th block of BLOCK_J slots.
 
-    With ROWS_START it asks for the first columns of its first block, AHEAD blocks of them, before it waits. Without, what
+    With ROWS_START it asks for the first columns of its first block before it waits. Without, what
     comes next knows the selection: a sum that follows reads it before it waits.
     """
     start_next(EARLY, 4)  # ROWS_START, which a kernel can't name
@@ -166,7 +150,6 @@ def _rows_kernel(
     live = slot < count
     row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride  # [BLOCK_J, 1]
     begun = first_columns(row, live, D, BLOCK_D)
-    more = second_columns(row, live, begun, D, BLOCK_D, AHEAD)
     if EARLY & 4:
         wait_for_previous(EARLY)
     for _ in range(tl.program_id(0) * BLOCK_J, count, step):
@@ -174,12 +157,11 @@ def _rows_kernel(
             x = x_ptr + first * D
             if first > 0:
                 begun = first_columns(row, live, D, BLOCK_D)
-                more = second_columns(row, live, begun, D, BLOCK_D, AHEAD)
-            ys = dots(x, row, begun, more, live, D, TOKENS - first, BLOCK_D, AHEAD)
+            ys = dots(x, row, begun, live, D, TOKENS - first, BLOCK_D)
             if GLU:
                 up_row = up_ptr + unit[:, None].to(tl.int64) * up_stride
                 up_begun = first_columns(up_row, live, D, BLOCK_D)
-                ups = dots(x, up_row, up_begun, up_begun, live, D, TOKENS - first, BLOCK_D, 1)
+                ups = dots(x, up_row, up_begun, live, D, TOKENS - first, BLOCK_D)
             for token in tl.static_range(TOKENS - first if TOKENS - first < 4 else 4):
                 y = ys[token]
                 if BIAS:
@@ -200,7 +182,6 @@ def _rows_kernel(
         live = slot < count
         row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride
         begun = first_columns(row, live, D, BLOCK_D)
-        more = second_columns(row, live, begun, D, BLOCK_D, AHEAD)
 
 
 def row_blocks(d: int, tokens: int = 1) -> Config:
@@ -236,27 +217,22 @@ def other_row_blocks(d: int, tokens: int = 1) -> list[Config]:
     ]
 
 
-def rows_config(n: int, d: int, tokens: int = 1, plain: bool = True) -> Config:
-    """Sixteen programs a multiprocessor share the live slots: all that fit on it. Of longer rows, eight. `plain`, of one weight
-    and without gates: fewer, which leave room for what comes next, and ask for half a row ahead. (H100, d 4096, half of 14336;
-    H200, d 4096 and 9216 at 10 %)"""
-    if d <= 4096 and tokens == 1 and plain:
-        blocks = {"BLOCK_J": 4, "BLOCK_D": min(1024, power_of_2(d)), "num_warps": 4, "AHEAD": 2}
-        return {**blocks, "programs": min(cdiv(n, 4), 4 * PROCESSORS)}
-    share = 16 if d <= 4096 else 8
-    programs = min(cdiv(n, 2), share * PROCESSORS)
-    return {**row_blocks(d, tokens), "AHEAD": 1, "programs": programs}
+def rows_config(n: int, d: int, tokens: int = 1) -> Config:
+    """Eight programs a multiprocessor share the live slots: half of what fits, so that the next kernel's fit beside them. For several
+    tokens all. (H200, d 4096 to 12288 at 10 %, half of 14336; H100, 2 to 8 tokens)"""
+    share = 16 if tokens > 1 and d <= 4096 else 8
+    return {**row_blocks(d, tokens), "programs": min(cdiv(n, 2), share * PROCESSORS)}
 
 
-def rows_candidates(n: int, d: int, tokens: int = 1, plain: bool = True) -> list[Config]:
+def rows_candidates(n: int, d: int, tokens: int = 1) -> list[Config]:
     """`rows_config`, with fewer and more programs, and in other tiles."""
-    rule = rows_config(n, d, tokens, plain)
+    rule = rows_config(n, d, tokens)
     others = [
         {**rule, "programs": min(cdiv(n, rule["BLOCK_J"]), share * PROCESSORS)}
         for share in (4, 8, 16, 32)
     ]
     others += [
-        {**blocks, "AHEAD": 1, "programs": min(cdiv(n, blocks["BLOCK_J"]), 16 * PROCESSORS)}
+        {**blocks, "programs": min(cdiv(n, blocks["BLOCK_J"]), 16 * PROCESSORS)}
         for blocks in other_row_blocks(d, tokens)
     ]
     return candidates(rule, others)
@@ -294,8 +270,7 @@ def launch_rows(
     up_bias = None if up_bias is None else up_bias.contiguous()
     times = None if times is None else times.contiguous()
     (tokens, d), n = x.shape, weight.shape[0]
-    rule = rows_config(n, d, tokens, plain=up is None and times is None)
-    config = dict(config or config_for(rows_key(x, weight, up, times), rule))
+    config = dict(config or config_for(rows_key(x, weight, up, times), rows_config(n, d, tokens)))
     grid = (config.pop("programs"),)
     out = empty(tokens, n, like=x)
     kernel[grid](
