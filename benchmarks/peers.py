@@ -46,6 +46,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dejavu_compile._compat import compile_counters, has_early_launch
 from dejavu_compile.bench import environment, measure, time_us, write
 from dejavu_compile.decode_step import TOLERANCE, DecodeStep, Reference, compared_with
+from dejavu_compile.kernels._triton import cdiv, jit, start_next, tl, wait_for_previous
 from dejavu_compile.kernels.attention import _attention_kernel, launch_attention
 from dejavu_compile.kernels.gathered_sum import _sum_kernel, launch_sum
 from dejavu_compile.kernels.rows import _rows_kernel, launch_rows
@@ -96,12 +97,28 @@ class Mlps:
         y = launch_sum(
             in_a_step(_sum_kernel), h, self.down[i], *self.selection, True, self.arrived
         )
-        return y.to(self.x.dtype)
+        return rounded(y, self.x.dtype)
 
     def case(self, what: str, theirs: Callable[[int], Tensor], note: str) -> Case:
         """Against one of theirs."""
         ours, other = (Side(run, self.expected, self.num_bytes) for run in (self.ours, theirs))
         return Case(what, self.shape, self.density, self.x.dtype, self.layers, ours, other, note)
+
+
+@jit
+def _round_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    start_next(EARLY)
+    wait_for_previous(EARLY)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, mask=at < n)
+    tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=at < n)
+
+
+def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype. In a compiled step what reads the sum does it; PyTorch's own launch would wait for ours to end, and ours for it."""
+    out = torch.empty_like(x, dtype=dtype)
+    in_a_step(_round_kernel)[(cdiv(x.numel(), 1024),)](x, out, x.numel(), BLOCK=1024, EARLY=False)
+    return out
 
 
 def in_a_step(kernel: Any) -> Any:
