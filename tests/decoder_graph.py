@@ -118,17 +118,34 @@ def assert_same(
 ) -> None:
     """`got` is what the plain decoder gives with the others zeroed, in float64, but for rounding.
 
-    In 8 or 11 bits, steps like x**3 without norms turn one rounding into several per cent: 16 of them are allowed.
+    In 8 or 11 bits, steps like x**3 without norms turn one rounding into several per cent: 16 of them are allowed. In any, the
+    plain decoder may be rounded well by luck, so where that decides, its neighbours say how it is rounded.
     """
     ids, past = spec.inputs() if inputs is None else inputs
-    want = spec.model().double()(ids, past.double(), keep)
-    plain = spec.model()(ids, past, keep)
-    for eager, ours, true in zip(plain, got, want, strict=True):
+    plain, want = _rounded(spec, ids, past, keep)
+    for i, (eager, ours, true) in enumerate(zip(plain, got, want, strict=True)):
         assert ours.dtype is eager.dtype
         # A zero logit and a small one round alike: errors are those of the values that were added up.
         among = torch.cat((true.flatten(), true.new_full((1,), 16.0)))
         among = among if spec.dtype == "float32" else 16 * among
-        assert_as_exact_as(eager, ours, true, among)
+        try:
+            assert_as_exact_as(eager, ours, true, among)
+        except AssertionError:
+            # Three layers of |x**3|, 41 draws: the plain decoder errs by 4 eps in the median and 14 at most, ours by 4 and 14.
+            near = [_rounded(spec, ids, past, keep, 1 + step / 1024) for step in range(1, 6)]
+            others = [(low[i], exact[i]) for low, exact in near]
+            assert_as_exact_as(eager, ours, true, among, others)
+
+
+def _rounded(
+    spec: DecoderSpec, ids: Tensor, past: Tensor, keep: list[Keep] | None, factor: float = 1.0
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """What the plain decoder gives, its weights times `factor`, and what it would in float64."""
+    model = spec.model()
+    for weight in model.parameters():
+        weight.data.mul_(factor)
+    plain = model(ids, past, keep)
+    return plain, model.double()(ids, past.double(), keep)
 
 
 # --- rewriting -------------------------------------------------------------------------------------------
