@@ -98,11 +98,12 @@ LINES = {"dense": ("s", "tab:gray"), "auto": ("o", "tab:blue"), "mlps sparse": (
 
 
 def plot_curves(points: Sequence[Point], title: str, path: str | Path) -> None:
-    """A panel a curve: the time of a step, what its bytes need at the copy bandwidth, where dejavu is slower."""
-    figure, panels = _figure(len(CURVES))
+    """A panel for each curve that has points: the time of a step, what its bytes need at the copy bandwidth, where dejavu is slower."""
+    curves = [curve for curve in CURVES if any(p.curve == curve for p in points)]
+    figure, panels = _figure(len(curves))
     figure.suptitle(title, fontsize=10)
     slower = slower_than_dense(points)
-    for curve, axes in zip(CURVES, panels, strict=True):
+    for curve, axes in zip(curves, panels, strict=True):
         for provider, (marker, color) in LINES.items():
             of_line = [p for p in points if (p.curve, p.provider) == (curve, provider)]
             times = sorted((p.x, p.us / 1e3) for p in of_line if p.us is not None)

@@ -99,4 +99,9 @@ def test_a_wrong_choice_of_the_plan_is_flagged():
 def test_the_picture_has_a_panel_a_curve(tmp_path):
     points = curve("batch", [1e3] * 3, [6e2, 8e2, 1.2e3]) + curve("kv", [1e3] * 3, [6e2] * 3)
     plot_curves(points, "toy", tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    picture = (tmp_path / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    width = int.from_bytes(picture[16:20], "big")
+    plot_curves(points[:6], "toy", tmp_path / "curves.png")
+    alone = (tmp_path / "curves.png").read_bytes()
+    assert width == pytest.approx(2 * int.from_bytes(alone[16:20], "big"), rel=0.01)
