@@ -54,9 +54,7 @@ def power_of_2(n: int) -> int:
 
 # Programmatic dependent launch, the EARLY of every kernel: the compiler decides (`passes/early.py`). 0 is without, else a sum of
 EARLY = 1
-HEADS_START = (
-    2  # kernels that skip heads let the next one start before they wait, as most kernels do
-)
+HEADS_START = 2  # kernels that skip heads let the next one start before they wait, as most do
 ROWS_START = 4  # gathered rows do too, and read their selection before they wait
 
 

@@ -199,15 +199,8 @@ LONG_ROW = 12288
 
 def other_row_blocks(d: int, tokens: int = 1) -> list[Config]:
     """Other tiles whose sums, one for each token, still fit into registers."""
-    tiles = [
-        (2, 1024, 4),
-        (1, 2048, 4),
-        (1, 1024, 4),
-        (4, 1024, 4),
-        (4, 512, 4),
-        (2, 4096, 8),
-        (1, 1024, 2),
-    ]
+    tiles = [(2, 1024, 4), (1, 2048, 4), (1, 1024, 4), (4, 1024, 4), (4, 512, 4), (2, 4096, 8)]
+    tiles += [(1, 1024, 2)]
     if tokens > 1:
         tiles = [(1, 1024, 4), (2, 512, 4), (4, 512, 4), (2, 1024, 8), (1, 2048, 8), (4, 256, 4)]
     return [
