@@ -219,7 +219,14 @@ def test_a_unit_made_of_two_heads_reads_the_cache_of_both_and_of_no_others(
     k, v = torch.randn(2, batch, Pairs.HEADS, 7, Pairs.DIM, generator=make)
     oracle, wide = copy.deepcopy(model).double(), [t.double() for t in (x, k, v)]
     subsets = [torch.tensor([bool(some >> u & 1) for u in range(units)]) for some in range(1, 8)]
-    others = [(model(x, k, v, some), oracle(*wide, some)) for some in subsets]
+    # A norm of four elements rounds a unit alike in every subset: neighbouring inputs round it otherwise. (120 draws: plain PyTorch
+    # errs by at most 8 eps, ours by 5, in the median both by 1.3)
+    near = [x * (1 + step / 1024) for step in range(6)]
+    others = [
+        (model(some_x, k, v, some), oracle(some_x.double(), *wide[1:], some))
+        for some in subsets
+        for some_x in near
+    ]
     want, plain = oracle(*wide, kept), model(x, k, v, kept)
     heads = kept.repeat_interleave(2) if side_by_side else kept.repeat(2)
     k[:, ~heads] = v[:, ~heads] = torch.nan
