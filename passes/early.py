@@ -41,9 +41,9 @@ class EarlyLaunch:
 
 def early_launch(graph: fx.Graph) -> EarlyLaunch:
     """The mode in which most kernels overlap."""
-    in_place, reason = written(graph), None
+    given, reason = _given(graph), None
     for mode in _modes(graph):
-        reason = _computed(graph, mode, in_place) or _unsettled(graph, mode, in_place)
+        reason = _computed(graph, mode, given) or _unsettled(graph, mode, given)
         if reason is None:
             return EarlyLaunch(mode)
     return EarlyLaunch(0, reason)
@@ -83,12 +83,17 @@ def _weights_read_early(node: fx.Node, mode: int) -> list[fx.Node]:
     return []
 
 
-def _computed(graph: fx.Graph, mode: int, in_place: frozenset[fx.Node]) -> str | None:
+def _given(graph: fx.Graph) -> set[int | None]:
+    """The memory that is filled before the graph, and that nothing in it writes."""
+    inputs = {_storage(n) for n in graph.nodes if n.op in {"placeholder", "get_attr"}}
+    return inputs - {_storage(n) for n in written(graph)}
+
+
+def _computed(graph: fx.Graph, mode: int, given: set[int | None]) -> str | None:
     """A weight that is read early and may not be there by then."""
-    given = {_storage(n) for n in graph.nodes if n.op in {"placeholder", "get_attr"}}
     for node in graph.nodes:
         for weight in _weights_read_early(node, mode):
-            if weight in in_place or _storage(weight) not in given:
+            if _storage(weight) not in given:
                 return (
                     f"{node.name} reads {weight.name}, a weight that the graph computes or writes"
                 )
@@ -104,23 +109,21 @@ def _selection_read_early(node: fx.Node, mode: int) -> fx.Node | None:
     return node.args[2] if node.target is ops.head_sum.default else None
 
 
-def _unsettled(graph: fx.Graph, mode: int, in_place: frozenset[fx.Node]) -> str | None:
+def _unsettled(graph: fx.Graph, mode: int, given: set[int | None]) -> str | None:
     """What is read early that may not have been computed by then."""
     for node in graph.nodes:
         chosen = _selection_read_early(node, mode)
-        if chosen is not None and not _settled(chosen, node.args[0], mode, in_place):
+        if chosen is not None and not _settled(chosen, node.args[0], mode, given):
             return f"{node.name} reads {chosen.name} early, and no kernel in between waits first"
     return None
 
 
-def _settled(chosen: fx.Node, value: fx.Node, mode: int, in_place: frozenset[fx.Node]) -> bool:
+def _settled(chosen: fx.Node, value: fx.Node, mode: int, given: set[int | None]) -> bool:
     """Whether `chosen` is there: given, joined, or read by a kernel that waits first and that `value` depends on."""
     origin, as_read = _origin(chosen)
     if not as_read.is_contiguous():
         return False  # its reader makes a copy, just before it
-    if origin.op == "get_attr" and origin not in in_place:
-        return True
-    if any(_joins(user, origin) for user in origin.users):
+    if _storage(origin) in given or any(_joins(user, origin) for user in origin.users):
         return True
     return any(
         _waits_first(node, mode) and origin in computed_from(node, origin)
