@@ -153,14 +153,14 @@ def check(w: Layers) -> None:
     got = launch_rows(_rows_kernel, w.x, w.into[0], w.bias_n, w.selection, "relu")
     want = dk.gathered_rows_reference(w.x, w.into[0], w.bias_n, *w.selection, "relu")
     torch.testing.assert_close(got[:, : w.count], want[:, : w.count], rtol=2e-2, atol=1e-3)
-    got = launch_sum(_sum_kernel, w.hidden, w.out[0], *w.selection, True, w.arrived)
+    got = launch_sum(_sum_kernel, w.hidden, w.out[0], *w.selection, True, w.arrived).sum(dim=0)
     want = dk.gathered_sum_reference(w.hidden, w.out[0], *w.selection, True)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     got = launch_gemv(_gemv_kernel, w.x, [w.square[0]], [w.bias_d], "identity")
     torch.testing.assert_close(
         got, torch.nn.functional.linear(w.x, w.square[0], w.bias_d), rtol=2e-2, atol=2e-3
     )
-    got = launch_head_sum(_head_sum_kernel, w.x, w.square[0], w.head_score, w.arrived)
+    got = launch_head_sum(_head_sum_kernel, w.x, w.square[0], w.head_score, w.arrived).sum(dim=0)
     want = dk.head_sum_reference(w.x, w.square[0], w.head_score)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
     for score in (None, w.head_score):

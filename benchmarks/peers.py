@@ -106,18 +106,23 @@ class Mlps:
 
 
 @jit
-def _round_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+def _round_kernel(part_ptr, out_ptr, n, PARTS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr):  # fmt: skip
     start_next(EARLY)
     wait_for_previous(EARLY)
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + at, mask=at < n)
+    x = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTS):
+        x += tl.load(part_ptr + part * n + at, mask=at < n, other=0.0)
     tl.store(out_ptr + at, x.to(out_ptr.dtype.element_ty), mask=at < n)
 
 
-def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another dtype. In a compiled step what reads the sum does it; PyTorch's own launch would wait for ours to end, and ours for it."""
-    out = torch.empty_like(x, dtype=dtype)
-    in_a_step(_round_kernel)[(cdiv(x.numel(), 1024),)](x, out, x.numel(), BLOCK=1024, EARLY=False)
+def rounded(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of parts [parts, m, d] in another dtype. In a compiled step what reads the sum does it; PyTorch's own launches would wait
+    for ours to end, and ours for them."""
+    out = torch.empty_like(parts[0], dtype=dtype)
+    in_a_step(_round_kernel)[(cdiv(out.numel(), 1024),)](
+        parts, out, out.numel(), PARTS=len(parts), BLOCK=1024, EARLY=False
+    )
     return out
 
 
@@ -200,7 +205,7 @@ class Projections:
         y = launch_sum(
             in_a_step(_sum_kernel), self.x, self.weights[i], *self.selection, False, self.arrived
         )
-        return y.to(self.x.dtype)
+        return rounded(y, self.x.dtype)
 
     def found_and_summed(self, i: int) -> Tensor:
         """Ours, with the launch that makes the selection."""
@@ -208,7 +213,7 @@ class Projections:
         y = launch_sum(
             in_a_step(_sum_kernel), self.x, self.weights[i], *selection, False, self.arrived
         )
-        return y.to(self.x.dtype)
+        return rounded(y, self.x.dtype)
 
 
 class OutputRows:

@@ -89,6 +89,11 @@ def _gemv_written(a: Arguments, out: Tensor) -> Tensor:
     return out[:, torch.cat([rows, rest])]
 
 
+def _added_up(a: Arguments, out: Tensor) -> Tensor:
+    """A launcher leaves parts [parts, m, d]; an op has added them up."""
+    return out.sum(dim=0) if out.dim() == 3 else out
+
+
 KERNELS = {
     ops.gathered_rows.default: Kernel(
         _rows_kernel,
@@ -118,6 +123,7 @@ KERNELS = {
         lambda a: sum_key(a.hidden, a.weight, a.compacted),
         lambda a: sum_candidates(*a.weight.shape, a.hidden.shape[0]),
         lambda a: SiteKind.MLP,
+        _added_up,
     ),
     ops.gemv.default: Kernel(
         _gemv_kernel,
@@ -142,6 +148,7 @@ KERNELS = {
             a.score.shape[1], a.weight.shape[0] // a.score.shape[1], a.weight.shape[1], a.score.shape[0]
         ),
         _heads,
+        _added_up,
     ),
     ops.sketch_score.default: Kernel(
         _sketch_kernel,

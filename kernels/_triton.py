@@ -108,6 +108,24 @@ def add_up(
         tl.store(out_ptr + token * d + column, tl.sum(total, axis=0), mask=column < d)
 
 
+# Elements of parts that the kernel behind adds up faster than the last program of this one
+MOST_LEFT = 8 * 4096
+
+
+def leaves_parts(splits: int, tokens: int, d: int) -> bool:
+    """Whether a sum of one token leaves its parts for what comes next to add up, in the compiler's hands: a norm, mostly.
+
+    It reads them in its own launch: no program waits for others, and one way through memory less. (H200, d 4096: 1.2 us a
+    sum; of d 9216 in seven parts the norm, one program, loses more)
+    """
+    return tokens == 1 and splits > 1 and splits * d <= MOST_LEFT
+
+
+def added_up(parts: torch.Tensor) -> torch.Tensor:
+    """The sum of parts [splits, m, d], one or more, always in the same order."""
+    return sum(parts.unbind()[1:], start=parts.select(0, 0))
+
+
 def check_arrived(arrived: torch.Tensor, needed: int) -> None:
     """Raise ValueError unless there are counters enough, one for each sum that programs share."""
     if arrived.numel() < needed or arrived.dtype is not torch.int32:

@@ -2,8 +2,8 @@
 
     y[t] = sum over slots j of hidden[t, j] * weight[index[j]]
 
-Programs share the slots, and the last one to arrive adds up what they all left, in one order: no second
-launch, and unlike with float atomics the result is the same on every run.
+Programs share the slots. What they leave is added up in one order, by the last to arrive or, where that is little, by the kernel
+behind: no second launch, and unlike with float atomics the result is the same on every run.
 """
 
 import torch
@@ -14,11 +14,13 @@ from . import cpu
 from ._triton import (
     PROCESSORS,
     add_up,
+    added_up,
     cdiv,
     check_arrived,
     empty,
     is_last,
     jit,
+    leaves_parts,
     power_of_2,
     start_next,
     tl,
@@ -57,10 +59,16 @@ def _unit(index_ptr, slot, n):
 
 
 @jit
-def _asked(weight_ptr, index_ptr, slot, last, column, n, d, stride):
-    """The units of some slots, and their weights, which are on their way."""
-    unit = _unit(index_ptr, slot, n)
-    return unit, rows_of(weight_ptr, unit, slot < last, column, d, stride)
+def quarters(values, BLOCK_J: tl.constexpr):
+    """4 * BLOCK_J values as four blocks: every fourth, from the first, the second, the third and the fourth on.
+
+    A block loaded by itself goes through shared memory to where it is used, and the next load waits for that. One load of
+    all goes there once.
+    """
+    even, odd = tl.split(tl.reshape(values, [BLOCK_J, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
 
 
 @jit
@@ -90,13 +98,13 @@ def _add(
 @jit
 def _sum_kernel(
     hidden_ptr, weight_ptr, index_ptr, count_ptr, part_ptr, arrived_ptr, out_ptr, n, d, weight_stride,
-    TOKENS: tl.constexpr, COMPACTED: tl.constexpr, SPLIT: tl.constexpr,
+    TOKENS: tl.constexpr, COMPACTED: tl.constexpr, SPLIT: tl.constexpr, ADD: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, FOUR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, splits). Each split takes an equal, contiguous share of the live slots.
 
-    The weights of its first block of slots, or first FOUR, are asked for before it waits for the kernel before.
-    Where there is more than one split (SPLIT), the last to finish a block of columns adds up what the others left.
+    The weights of its first block of slots, or first FOUR for one token, are asked for before it waits for the kernel before.
+    Where there is more than one split (SPLIT), each leaves its part; with ADD the last to finish a block of columns adds them up.
     """
     if not COMPACTED:
         # Its selection may come from the very kernel before; of compacted values that is the one that made them.
@@ -113,30 +121,31 @@ def _sum_kernel(
         values = hidden_ptr + group * n
         total0 = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
         total1, total2, total3 = total0, total0, total0
-        slot = first + tl.arange(0, BLOCK_J)
-        unit, w = _asked(weight_ptr, index_ptr, slot, last, column, n, d, weight_stride)
-        if FOUR:
-            slot1, slot2, slot3 = slot + BLOCK_J, slot + 2 * BLOCK_J, slot + 3 * BLOCK_J
-            unit1, w1 = _asked(weight_ptr, index_ptr, slot1, last, column, n, d, weight_stride)
-            unit2, w2 = _asked(weight_ptr, index_ptr, slot2, last, column, n, d, weight_stride)
-            unit3, w3 = _asked(weight_ptr, index_ptr, slot3, last, column, n, d, weight_stride)
-        if COMPACTED:
-            wait_for_previous(EARLY)
         start = first
         if FOUR:
-            slots, units, ws = (
-                (slot, slot1, slot2, slot3),
-                (unit, unit1, unit2, unit3),
-                (w, w1, w2, w3),
-            )
-            for k in tl.static_range(4):
-                total0, total1, total2, total3 = _add(
-                    total0, total1, total2, total3, values, n, slots[k], units[k], ws[k], last,
-                    TOKENS - group, COMPACTED,
-                )  # fmt: skip
+            every = first + tl.arange(0, 4 * BLOCK_J)
+            fourth = first + 4 * tl.arange(0, BLOCK_J)
+            units = _unit(index_ptr, every, n)
+            unit0, unit1, unit2, unit3 = quarters(units, BLOCK_J)
+            w0 = rows_of(weight_ptr, unit0, fourth < last, column, d, weight_stride)
+            w1 = rows_of(weight_ptr, unit1, fourth + 1 < last, column, d, weight_stride)
+            w2 = rows_of(weight_ptr, unit2, fourth + 2 < last, column, d, weight_stride)
+            w3 = rows_of(weight_ptr, unit3, fourth + 3 < last, column, d, weight_stride)
+            if COMPACTED:
+                wait_for_previous(EARLY)
+            at = every if COMPACTED else units
+            h = tl.load(values + at, mask=every < last, other=0.0).to(tl.float32)
+            h0, h1, h2, h3 = quarters(h, BLOCK_J)
+            total0 += h0[:, None] * w0.to(tl.float32)
+            total0 += h1[:, None] * w1.to(tl.float32)
+            total0 += h2[:, None] * w2.to(tl.float32)
+            total0 += h3[:, None] * w3.to(tl.float32)
             start += 4 * BLOCK_J
-            slot += 4 * BLOCK_J
-            unit, w = _asked(weight_ptr, index_ptr, slot, last, column, n, d, weight_stride)
+        slot = start + tl.arange(0, BLOCK_J)
+        unit = _unit(index_ptr, slot, n)
+        w = rows_of(weight_ptr, unit, slot < last, column, d, weight_stride)
+        if COMPACTED and not FOUR:
+            wait_for_previous(EARLY)
         next_unit = _unit(index_ptr, slot + BLOCK_J, n)
         for _ in range(start, last, BLOCK_J):
             following = slot + BLOCK_J
@@ -152,14 +161,14 @@ def _sum_kernel(
             part = (split * TOKENS + group + token).to(tl.int64) * d + column
             target = part_ptr if SPLIT else out_ptr
             tl.store(target + part, tl.sum(totals[token], axis=0), mask=column < d)
-    if SPLIT:
+    if ADD:
         if is_last(arrived_ptr + block, splits):
             add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
 
 
 def sum_config(n: int, d: int, tokens: int = 1) -> Config:
-    """Weights that fill the registers before the wait; of several tokens, sums. Four programs a multiprocessor: one more and some
-    wait for room. (H200, d 4096 to 12288 at 10 and 50 %; H100, 2 to 8 tokens)"""
+    """Weights that fill the registers before the wait; of several tokens, sums. Four programs a multiprocessor. (H200, d 4096 to
+    12288 at 10 and 50 %; H100, 2 to 8 tokens)"""
     if tokens > 1:
         block_j, block_d = (32, 64) if d <= 4096 else (16, 128)
         block_d = min(block_d, power_of_2(d))
@@ -175,9 +184,8 @@ def sum_config(n: int, d: int, tokens: int = 1) -> Config:
         block_d = min(64, power_of_2(d))
         splits = max(1, min(16, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 256)))
         return {"BLOCK_J": 64, "BLOCK_D": block_d, "num_warps": 4, "splits": splits, "FOUR": True}
-    block_j, block_d = (8, 512) if d > 9216 else (32, 128)
-    splits = max(1, min(32, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 64)))
-    return {"BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits, "FOUR": True}
+    splits = max(1, min(32, 4 * PROCESSORS // cdiv(d, 512), cdiv(n, 64)))
+    return {"BLOCK_J": 8, "BLOCK_D": 512, "num_warps": 4, "splits": splits, "FOUR": True}
 
 
 def sum_candidates(n: int, d: int, tokens: int = 1) -> list[Config]:
@@ -217,20 +225,23 @@ def launch_sum(
     kernel, hidden: Tensor, weight: Tensor, index: Tensor, count: Tensor, compacted: bool,
     arrived: Tensor, config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch `_sum_kernel`, wrapped or not."""
+    """Launch `_sum_kernel`, wrapped or not. Returns [parts, m, d], one part or as many as it leaves (`leaves_parts`)."""
     hidden = hidden.contiguous()
     check_rows(weight)
     (tokens, n), d = hidden.shape, weight.shape[1]
     config = dict(
         config or config_for(sum_key(hidden, weight, compacted), sum_config(n, d, tokens))
     )
+    config["FOUR"] = config["FOUR"] and tokens == 1
     splits, blocks = config.pop("splits"), cdiv(d, config["BLOCK_D"])
     check_arrived(arrived, blocks)
-    out = empty(tokens, d, like=hidden, dtype=torch.float32)
-    part = empty(splits, tokens, d, like=hidden, dtype=torch.float32) if splits > 1 else out
+    left = leaves_parts(splits, tokens, d)
+    out = part = empty(splits if left else 1, tokens, d, like=hidden, dtype=torch.float32)
+    if splits > 1 and not left:
+        part = empty(splits, tokens, d, like=hidden, dtype=torch.float32)
     kernel[(blocks, splits)](
         hidden, weight, index, count, part, arrived, out, n, d, weight.stride(0),
-        TOKENS=tokens, COMPACTED=compacted, SPLIT=splits > 1, EARLY=False, **config,
+        TOKENS=tokens, COMPACTED=compacted, SPLIT=splits > 1, ADD=splits > 1 and not left, EARLY=False, **config,
     )  # fmt: skip
     return out
 
@@ -267,4 +278,5 @@ def gathered_sum(
     """See `gathered_sum_reference`. `arrived` [column blocks] int32 holds zeros before and after, on a GPU."""
     if not hidden.is_cuda:
         return gathered_sum_cpu(hidden, weight, index, count, compacted)
-    return launch_sum(wrap_triton(_sum_kernel), hidden, weight, index, count, compacted, arrived)
+    kernel = wrap_triton(_sum_kernel)
+    return added_up(launch_sum(kernel, hidden, weight, index, count, compacted, arrived))

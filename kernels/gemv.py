@@ -109,6 +109,10 @@ def _gemv_block(
         live = unit < n
         row = weight_ptr + unit[:, None].to(tl.int64) * stride
         begun = first_columns(row, live, D, BLOCK_D)
+        bias = tl.zeros([BLOCK_J], dtype=tl.float32)
+        if BIAS and BLOCK_J == 1:
+            # Behind the sum it would be another way to memory. Several go through shared memory, which takes as long.
+            bias = tl.load(bias_ptr + unit, mask=live & (with_bias != 0), other=0.0).to(tl.float32)
         wait_for_previous(EARLY)
         if OWNED:
             start_next(EARLY)
@@ -116,10 +120,9 @@ def _gemv_block(
             ys = dots(x_ptr + start * D, row, begun, live, D, TOKENS - start, BLOCK_D)
             for token in tl.static_range(TOKENS - start if TOKENS - start < 4 else 4):
                 y = ys[token]
-                if BIAS:
-                    y += tl.load(bias_ptr + unit, mask=live & (with_bias != 0), other=0.0).to(
-                        tl.float32
-                    )
+                if BIAS and BLOCK_J > 1:
+                    bias = tl.load(bias_ptr + unit, mask=live & (with_bias != 0), other=0.0)
+                y += bias.to(tl.float32)
                 y = activate(y, ACTIVATION)
                 out = out_ptr + (start + token) * total + first + unit
                 tl.store(out, y.to(out_ptr.dtype.element_ty), mask=live)

@@ -15,18 +15,20 @@ from . import cpu
 from ._triton import (
     PROCESSORS,
     add_up,
+    added_up,
     cdiv,
     check_arrived,
     empty,
     is_last,
     jit,
+    leaves_parts,
     power_of_2,
     start_next,
     tl,
     wait_for_previous,
     wrap_triton,
 )
-from .gathered_sum import rows_of, times_of
+from .gathered_sum import quarters, rows_of, times_of
 from .gemv import running
 from .rows import check_rows
 from .tuning import Config, candidates, config_for, key_of
@@ -80,16 +82,30 @@ def _add(
 
 
 @jit
+def _begin_of(item, items, place, head, WIDTH: tl.constexpr, BLOCK_J: tl.constexpr):
+    """The first row of the item, BLOCK_J rows of one running head; past the last item -1."""
+    at = tl.sum(tl.where(place == item * BLOCK_J // WIDTH, head, 0), axis=0)
+    return tl.where(item < items, at * WIDTH + item * BLOCK_J % WIDTH, -1)
+
+
+@jit
+def _asked(weight_ptr, begin, column, d, stride, BLOCK_J: tl.constexpr):
+    """The weights of an item's rows, which are on their way."""
+    row = begin + tl.arange(0, BLOCK_J)
+    return rows_of(weight_ptr, row, (row >= 0) & (begin >= 0), column, d, stride)
+
+
+@jit
 def _head_sum_kernel(
     hidden_ptr, weight_ptr, score_ptr, part_ptr, arrived_ptr, out_ptr, heads, d, weight_stride,
-    WIDTH: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr,
+    WIDTH: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, SPLIT: tl.constexpr, ADD: tl.constexpr,
     BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, FOUR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (column blocks, splits). A split takes every num_splits-th block of BLOCK_J rows of the running heads.
 
-    HEADS is a power of two, at least `heads`. The weights of its first block, or first FOUR, are asked for before it
-    waits for the kernel before. Where there is more than one split (SPLIT), the last to finish a block of columns
-    adds up what the others left.
+    HEADS is a power of two, at least `heads`. The weights of its first block, or first FOUR for one token, are asked for
+    before it waits for the kernel before. Where there is more than one split (SPLIT), each leaves its part; with ADD the last to
+    finish a block of columns adds them up.
     """
     start_next(EARLY)
     column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -107,32 +123,33 @@ def _head_sum_kernel(
         total0 = tl.zeros([BLOCK_J, BLOCK_D], dtype=tl.float32)
         total1, total2, total3 = total0, total0, total0
         hidden, scores = hidden_ptr + group * heads * WIDTH, score_ptr + group * heads
-        at, row, live = _block_of(split, running, place, head, WIDTH, BLOCK_J)
-        w = rows_of(weight_ptr, row, live, column, d, weight_stride)
-        if FOUR:
-            at1, row1, live1 = _block_of(split + splits, running, place, head, WIDTH, BLOCK_J)
-            at2, row2, live2 = _block_of(split + 2 * splits, running, place, head, WIDTH, BLOCK_J)
-            at3, row3, live3 = _block_of(split + 3 * splits, running, place, head, WIDTH, BLOCK_J)
-            w1 = rows_of(weight_ptr, row1, live1, column, d, weight_stride)
-            w2 = rows_of(weight_ptr, row2, live2, column, d, weight_stride)
-            w3 = rows_of(weight_ptr, row3, live3, column, d, weight_stride)
-        wait_for_previous(EARLY)
         begin = split
         if FOUR:
-            ats, rows, lives, ws = (
-                (at, at1, at2, at3),
-                (row, row1, row2, row3),
-                (live, live1, live2, live3),
-                (w, w1, w2, w3),
+            begin0 = _begin_of(split, items, place, head, WIDTH, BLOCK_J)
+            begin1 = _begin_of(split + splits, items, place, head, WIDTH, BLOCK_J)
+            begin2 = _begin_of(split + 2 * splits, items, place, head, WIDTH, BLOCK_J)
+            begin3 = _begin_of(split + 3 * splits, items, place, head, WIDTH, BLOCK_J)
+            w0 = _asked(weight_ptr, begin0, column, d, weight_stride, BLOCK_J)
+            w1 = _asked(weight_ptr, begin1, column, d, weight_stride, BLOCK_J)
+            w2 = _asked(weight_ptr, begin2, column, d, weight_stride, BLOCK_J)
+            w3 = _asked(weight_ptr, begin3, column, d, weight_stride, BLOCK_J)
+            every = tl.arange(0, 4 * BLOCK_J)
+            of = every % 4
+            first = tl.where(
+                of < 2, tl.where(of == 0, begin0, begin1), tl.where(of == 2, begin2, begin3)
             )
-            for k in tl.static_range(4):
-                total0, total1, total2, total3 = _add(
-                    total0, total1, total2, total3, hidden, scores, heads, ats[k], rows[k], lives[k], ws[k],
-                    WIDTH, TOKENS - group, TOKENS > 1,
-                )  # fmt: skip
+            wait_for_previous(EARLY)
+            values = tl.load(hidden_ptr + first + every // 4, mask=first >= 0, other=0.0)
+            h0, h1, h2, h3 = quarters(values.to(tl.float32), BLOCK_J)
+            total0 += h0[:, None] * w0.to(tl.float32)
+            total0 += h1[:, None] * w1.to(tl.float32)
+            total0 += h2[:, None] * w2.to(tl.float32)
+            total0 += h3[:, None] * w3.to(tl.float32)
             begin += 4 * splits
-            at, row, live = _block_of(begin, running, place, head, WIDTH, BLOCK_J)
-            w = rows_of(weight_ptr, row, live, column, d, weight_stride)
+        at, row, live = _block_of(begin, running, place, head, WIDTH, BLOCK_J)
+        w = rows_of(weight_ptr, row, live, column, d, weight_stride)
+        if not FOUR:
+            wait_for_previous(EARLY)
         for item in range(begin, items, splits):
             # The next round's weights are asked for before this one's are waited for.
             next_at, next_row, next_live = _block_of(
@@ -149,21 +166,21 @@ def _head_sum_kernel(
             part = (split * TOKENS + group + token).to(tl.int64) * d + column
             target = part_ptr if SPLIT else out_ptr
             tl.store(target + part, tl.sum(totals[token], axis=0), mask=column < d)
-    if SPLIT:
+    if ADD:
         if is_last(arrived_ptr + tl.program_id(0), splits):
             add_up(part_ptr, out_ptr, column, splits, TOKENS, d, 16, BLOCK_D)
 
 
 def head_sum_config(heads: int, width: int, d: int, tokens: int = 1) -> Config:
-    """Two to four programs a multiprocessor, with tiles that keep memory busy. (H200, d 4096; H100, d 9216)"""
+    """Two to five programs a multiprocessor, with tiles that keep memory busy. (H200, d 4096 and 9216)"""
     if tokens > 1:
         block_j, block_d = min(16, power_of_2(width)), min(128, power_of_2(d))
         most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
     elif d <= 4096:
         block_j, block_d, most = min(128, power_of_2(width)), min(64, power_of_2(d)), 4
     else:
-        block_j, block_d = min(32, power_of_2(width)), 128
-        most = min(16, 4 * PROCESSORS // cdiv(d, block_d))
+        block_j, block_d = min(64, power_of_2(width)), 64
+        most = min(16, 5 * PROCESSORS // cdiv(d, block_d))
     splits = max(1, min(heads * cdiv(width, block_j), most))
     return {
         "BLOCK_J": block_j, "BLOCK_D": block_d, "num_warps": 4, "splits": splits,
@@ -205,20 +222,24 @@ def launch_head_sum(
     kernel, hidden: Tensor, weight: Tensor, score: Tensor, arrived: Tensor,
     config: Config | None = None,
 ) -> Tensor:  # fmt: skip
-    """Launch `_head_sum_kernel`, wrapped or not."""
+    """Launch `_head_sum_kernel`, wrapped or not. Returns [parts, m, d], as `launch_sum` does."""
     hidden, score = hidden.contiguous(), score.contiguous()
     check_rows(weight)
     (tokens, heads), d = score.shape, weight.shape[1]
     width = weight.shape[0] // heads
     rule = head_sum_config(heads, width, d, tokens)
     config = dict(config or config_for(head_sum_key(hidden, weight, score), rule))
+    config["FOUR"] = config["FOUR"] and tokens == 1 and width % config["BLOCK_J"] == 0
     splits, blocks = config.pop("splits"), cdiv(d, config["BLOCK_D"])
     check_arrived(arrived, blocks)
-    out = empty(tokens, d, like=hidden, dtype=torch.float32)
-    part = empty(splits, tokens, d, like=hidden, dtype=torch.float32) if splits > 1 else out
+    left = leaves_parts(splits, tokens, d)
+    out = part = empty(splits if left else 1, tokens, d, like=hidden, dtype=torch.float32)
+    if splits > 1 and not left:
+        part = empty(splits, tokens, d, like=hidden, dtype=torch.float32)
     kernel[(blocks, splits)](
         hidden, weight, score, part, arrived, out, heads, d, weight.stride(0),
-        WIDTH=width, TOKENS=tokens, HEADS=power_of_2(heads), SPLIT=splits > 1, EARLY=False, **config,
+        WIDTH=width, TOKENS=tokens, HEADS=power_of_2(heads), SPLIT=splits > 1, ADD=splits > 1 and not left,
+        EARLY=False, **config,
     )  # fmt: skip
     return out
 
@@ -245,4 +266,5 @@ def head_sum(hidden: Tensor, weight: Tensor, score: Tensor, arrived: Tensor) -> 
     """See `head_sum_reference`. `arrived` [column blocks] int32 holds zeros before and after, on a GPU."""
     if not hidden.is_cuda:
         return head_sum_cpu(hidden, weight, score)
-    return launch_head_sum(wrap_triton(_head_sum_kernel), hidden, weight, score, arrived)
+    kernel = wrap_triton(_head_sum_kernel)
+    return added_up(launch_head_sum(kernel, hidden, weight, score, arrived))

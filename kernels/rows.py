@@ -150,6 +150,13 @@ def _rows_kernel(
     live = slot < count
     row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride  # [BLOCK_J, 1]
     begun = first_columns(row, live, D, BLOCK_D)
+    # Beside the weights: behind their sums it would be another way to memory.
+    bias = tl.zeros([BLOCK_J], dtype=tl.float32)
+    up_bias = bias
+    if BIAS:
+        bias = tl.load(bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
+    if UP_BIAS:
+        up_bias = tl.load(up_bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
     if EARLY & 4:
         wait_for_previous(EARLY)
     for _ in range(tl.program_id(0) * BLOCK_J, count, step):
@@ -165,12 +172,12 @@ def _rows_kernel(
             for token in tl.static_range(TOKENS - first if TOKENS - first < 4 else 4):
                 y = ys[token]
                 if BIAS:
-                    y += tl.load(bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
+                    y += bias
                 y = activate(y, ACTIVATION)
                 if GLU:
                     up = ups[token]
                     if UP_BIAS:
-                        up += tl.load(up_bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
+                        up += up_bias
                     y = y * up
                 if TIMES:
                     times = tl.load(times_ptr + (first + token) * n + unit, mask=live, other=0.0)
@@ -182,6 +189,10 @@ def _rows_kernel(
         live = slot < count
         row = weight_ptr + unit[:, None].to(tl.int64) * weight_stride
         begun = first_columns(row, live, D, BLOCK_D)
+        if BIAS:
+            bias = tl.load(bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
+        if UP_BIAS:
+            up_bias = tl.load(up_bias_ptr + unit, mask=live, other=0.0).to(tl.float32)
 
 
 def row_blocks(d: int, tokens: int = 1) -> Config:

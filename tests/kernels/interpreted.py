@@ -34,6 +34,7 @@ from dejavu_compile.kernels.pairs import pack_pairs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
+TRITON = importlib.import_module("dejavu_compile.kernels._triton")
 # The functions `select`, ... of the package hide the modules of the same name.
 ATTENTION, GEMV, HEADS, ROWS, SELECT, SELECTION, SKETCH, SUM = (
     importlib.import_module(f"dejavu_compile.kernels.{name}")
@@ -57,6 +58,7 @@ SIZES = pytest.mark.parametrize(
     ("n", "d"), [(9, 63)] if INTERPRETED else [(100, 63), (1000, 128), (3001, 2048), (515, 4100)],
     ids=lambda v: str(v),
 )  # fmt: skip
+ADDED = pytest.mark.parametrize("most_left", [2**30, 0], ids=["left", "added"], indirect=True)
 SHARES = pytest.mark.parametrize(
     "share", ["none", "some", "all"] if INTERPRETED else ["none", "one", "some", "all"]
 )
@@ -75,6 +77,12 @@ def poisoned(monkeypatch):
         monkeypatch.setattr(module, "empty", poison)
     yield
     assert not ARRIVED.any(), "counters are left at zero for the next launch"
+
+
+@pytest.fixture
+def most_left(request, monkeypatch):
+    """Parts that a sum of one token leaves, or adds up itself."""
+    monkeypatch.setattr(TRITON, "MOST_LEFT", request.param)
 
 
 def randn(*shape, dtype=torch.float32):
@@ -385,7 +393,8 @@ def test_gemv(n, d, m, dtype):
 @SEVERAL
 @SIZES
 @SHARES
-def test_sum(n, d, m, dtype, share, compacted):
+@ADDED
+def test_sum(n, d, m, dtype, share, compacted, most_left):
     selection = chosen(n, share)
     k = int(selection[1])
     hidden = torch.full((m, n), float("nan"), dtype=dtype, device=DEVICE)
@@ -393,7 +402,9 @@ def test_sum(n, d, m, dtype, share, compacted):
     hidden[:, live] = randn(m, k, dtype=dtype)
     fused = randn(2 * n, d, dtype=dtype)
     for weight in (fused[n:], fused[::2]):
-        got = SUM.launch_sum(SUM._sum_kernel, hidden, weight, *selection, compacted, ARRIVED)
+        got = SUM.launch_sum(SUM._sum_kernel, hidden, weight, *selection, compacted, ARRIVED).sum(
+            0
+        )
         expected = gathered_sum_reference(hidden, weight, *selection, compacted)
         assert got.dtype is torch.float32
         assert_close(got, expected, torch.float32)
@@ -407,9 +418,13 @@ def test_many_units():
     rows = ROWS.launch_rows(ROWS._rows_kernel, x, weight, None, selection, "relu")
     expected = gathered_rows_reference(x, weight, None, *selection, "relu")
     assert_live(rows, expected, selection, torch.float32)
-    got = SUM.launch_sum(SUM._sum_kernel, rows, weight, *selection, True, ARRIVED)
     expected = gathered_sum_reference(rows, weight, *selection, True)
-    assert_close(got, expected, torch.float32)
+    # Four blocks at once, and then one after the other
+    several = {"BLOCK_J": 4, "BLOCK_D": 32, "num_warps": 4, "splits": 3, "FOUR": True}
+    for config in (None, several, {**several, "splits": 1}):
+        got = SUM.launch_sum(SUM._sum_kernel, rows, weight, *selection, True, ARRIVED, config)
+        assert len(got) == (1 if config is None else config["splits"])
+        assert_close(got.sum(0), expected, torch.float32)
 
 
 @DTYPES
@@ -469,14 +484,18 @@ def test_gemv_skips_rows_of_heads_that_do_not_run(dtype, m, share, bias, d):
 @pytest.mark.parametrize(
     ("heads", "width", "d"), [(4, 12, 70)] if INTERPRETED else [(4, 12, 70), (72, 128, 4100)]
 )
-def test_head_sum(dtype, m, share, heads, width, d):
+@ADDED
+def test_head_sum(dtype, m, share, heads, width, d, most_left):
     score = scores(m, heads, share)
     every = running(score).repeat_interleave(width, dim=1)
     hidden, weight = randn(m, heads * width, dtype=dtype), randn(heads * width, d, dtype=dtype)
     exact = head_sum_reference(hidden.float(), weight.float(), score)
     hidden = hidden.masked_fill(~every, float("nan"))
-    got = HEADS.launch_head_sum(HEADS._head_sum_kernel, hidden, weight, score, ARRIVED)
-    assert_close(got, exact, torch.float32)
+    # Four blocks at once, and then one after the other, of which each is of one head
+    several = {"BLOCK_J": 4, "BLOCK_D": 32, "num_warps": 4, "splits": 2, "FOUR": True}
+    for config in (None, several):
+        got = HEADS.launch_head_sum(HEADS._head_sum_kernel, hidden, weight, score, ARRIVED, config)
+        assert_close(got.sum(0), exact, torch.float32)
 
 
 MASKS = {
@@ -557,7 +576,7 @@ def test_selected_rows_and_their_sum_in_any_shape(case, compacted):
     here.check_sum(
         lambda hidden, w, chosen, by_slot: SUM.launch_sum(
             SUM._sum_kernel, hidden, w, *chosen, by_slot, ARRIVED
-        ),
+        ).sum(0),
         compacted,
     )
 
@@ -574,7 +593,7 @@ def test_heads_in_any_shape(case, masked, softcap):
     here.check_head_sum(
         lambda hidden, w, score: HEADS.launch_head_sum(
             HEADS._head_sum_kernel, hidden, w, score, ARRIVED
-        )
+        ).sum(0)
     )
     here.check_attention(
         lambda *inputs: ATTENTION.launch_attention(ATTENTION._attention_kernel, *inputs, ARRIVED),
