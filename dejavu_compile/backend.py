@@ -28,6 +28,7 @@ from dejavu_compile.passes.early import early_launch
 from dejavu_compile.passes.find_sites import find_sites, resolve
 from dejavu_compile.passes.fuse import fuse
 from dejavu_compile.passes.gemv import use_gemv
+from dejavu_compile.passes.into_cache import write_into_caches
 from dejavu_compile.passes.normalize import normalize
 from dejavu_compile.passes.one_buffer import one_buffer
 from dejavu_compile.passes.rewrite import rewrite
@@ -131,6 +132,7 @@ def prepare(
         if modified:
             fuse(gm)
             count_together(gm)
+            write_into_caches(gm)
         dump.graph("gemv", gm)
     if modified:
         one_buffer(gm)

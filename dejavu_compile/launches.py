@@ -94,6 +94,21 @@ def _added_up(a: Arguments, out: Tensor) -> Tensor:
     return out.sum(dim=0) if out.dim() == 3 else out
 
 
+GEMV = Kernel(
+    _gemv_kernel,
+    lambda kernel, a, config: launch_gemv(
+        kernel, a.x, a.weights, a.biases, a.activation, a.owner, a.score, config
+    ),
+    lambda a: gemv_key(a.x, a.weights, a.owner, a.score),
+    lambda a: gemv_candidates(
+        a.x.shape[1],
+        0 if a.owner is None else a.weights[0].shape[0] // a.owner.numel(),
+        a.x.shape[0],
+        len(a.weights),
+    ),
+    _heads,
+    _gemv_written,
+)
 KERNELS = {
     ops.gathered_rows.default: Kernel(
         _rows_kernel,
@@ -125,19 +140,8 @@ KERNELS = {
         lambda a: SiteKind.MLP,
         _added_up,
     ),
-    ops.gemv.default: Kernel(
-        _gemv_kernel,
-        lambda kernel, a, config: launch_gemv(
-            kernel, a.x, a.weights, a.biases, a.activation, a.owner, a.score, config
-        ),
-        lambda a: gemv_key(a.x, a.weights, a.owner, a.score),
-        lambda a: gemv_candidates(
-            a.x.shape[1], 0 if a.owner is None else a.weights[0].shape[0] // a.owner.numel(), a.x.shape[0],
-            len(a.weights),
-        ),
-        _heads,
-        _gemv_written,
-    ),
+    ops.gemv.default: GEMV,
+    ops.gemv_into.default: GEMV,
     ops.head_sum.default: Kernel(
         _head_sum_kernel,
         lambda kernel, a, config: launch_head_sum(

@@ -38,7 +38,7 @@ _ATTENTION = {"decode_attention", "decode_attention_cpu"}
 _SELECT = {"select", "select_begin"}
 # Ops of ours that launch one kernel, and those that have nothing to read but activations
 KERNEL = {
-    "gemv": "_gemv_kernel", "gathered_rows": "_rows_kernel", "gathered_glu": "_rows_kernel",
+    "gemv": "_gemv_kernel", "gemv_into": "_gemv_kernel", "gathered_rows": "_rows_kernel", "gathered_glu": "_rows_kernel",
     "gathered_sum": "_sum_kernel", "head_sum": "_head_sum_kernel", "compact": "_compact_kernel",
     "sketch_score": "_sketch_kernel",
 }  # fmt: skip
@@ -193,7 +193,7 @@ class CapturedStep:
     def _weights(self, name: str, node: fx.Node) -> tuple[list[fx.Node], int | None]:
         """The weights that an op of ours reads, and the bytes of those rows that it needs."""
         args = node.args
-        if name == "gemv":
+        if name in {"gemv", "gemv_into"}:
             weights, biases = list(args[1]), [b for b in args[2] if b is not None]
             size = sum(map(_extent, (*weights, *biases)))
             if len(args) > 4 and args[4] is not None:

@@ -6,7 +6,11 @@ A launch that reads 34 MB loses a quarter of the bandwidth to filling and draini
 V go together, and so does the predictor of a later layer's heads, which reads the same input. Rows of W0 may
 be owned by heads: they are skipped where no token runs their head (scores: see heads.py). What belongs to a
 head that doesn't run is left as it is, and nothing may read it. (Deja Vu, section 4.2)
+
+`gemv_into` writes keys and values to their caches instead, at the slot that a counter on the device says: no launch of theirs.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -65,17 +69,21 @@ def gemv_reference(
 @jit
 def _gemv_block(
     block, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3, owner_ptr, score_ptr, out_ptr,
-    n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
+    keys_ptr, values_ptr, n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
+    position, cache_b, cache_g, cache_s, head_dim,
     D: tl.constexpr, TOKENS: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr, OWNED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
+    ACTIVATION: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_J rows of one of the weights. BIAS has a bit for each weight that has one.
+    """BLOCK_J rows of one of the weights. BIAS has a bit for each weight that has one. Where KEY isn't -1, the results of that
+    weight and of VALUE go to caches, where a token is a sequence.
 
     All but a weight's first columns waits for the kernel before.
     """
     total = n0 + n1 + n2 + n3
     weight_ptr, bias_ptr, n, stride, first = weight0, bias0, n0, stride0, 0
     with_bias = BIAS
+    which = 0
     runs = block >= 0
     if OWNED:
         # A branch, not a masked load: other weights' blocks don't wait for a score.
@@ -103,6 +111,7 @@ def _gemv_block(
         with_bias = tl.where(
             is0, BIAS & 1, tl.where(is1, BIAS & 2, tl.where(is2, BIAS & 4, BIAS & 8))
         )
+        which = tl.where(is0, 0, tl.where(is1, 1, tl.where(is2, 2, 3)))
         block -= tl.where(is0, 0, tl.where(is1, blocks0, tl.where(is2, blocks1, blocks2)))
     if runs:
         unit = block * BLOCK_J + tl.arange(0, BLOCK_J)
@@ -125,16 +134,23 @@ def _gemv_block(
                 y += bias.to(tl.float32)
                 y = activate(y, ACTIVATION)
                 out = out_ptr + (start + token) * total + first + unit
+                if KEY >= 0:
+                    slot = (
+                        (start + token) * cache_b + unit // head_dim * cache_g + position * cache_s
+                    )
+                    cache = tl.where(which == KEY, keys_ptr, values_ptr) + slot + unit % head_dim
+                    out = tl.where((which == KEY) | (which == VALUE), cache, out)
                 tl.store(out, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @jit
 def _gemv_kernel(
     x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3, owner_ptr, score_ptr, out_ptr,
-    n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
+    keys_ptr, values_ptr, position_ptr, n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
+    slots, cache_b, cache_g, cache_s, head_dim,
     D: tl.constexpr, TOKENS: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr, OWNED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_D: tl.constexpr, LOOP: tl.constexpr,
-    EARLY: tl.constexpr,
+    ACTIVATION: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr, LOOP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: the row blocks of each weight, one weight after the other, one program each.
 
@@ -145,6 +161,11 @@ def _gemv_kernel(
     if OWNED:
         # Rows that wait for a score come last.
         first = tl.num_programs(0) - 1 - first
+    position = 0
+    if KEY >= 0:
+        # Nothing in the graph has written it yet, so it is read before the wait. Here, where torch sees that it is only read.
+        position = tl.load(position_ptr).to(tl.int64)
+        tl.device_assert((position >= 0) & (position < slots), "the cache has no such slot")
     if LOOP:
         blocks = (
             tl.cdiv(n0, BLOCK_J)
@@ -155,16 +176,18 @@ def _gemv_kernel(
         for block in range(first, blocks, tl.num_programs(0)):
             _gemv_block(
                 block, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3,
-                owner_ptr, score_ptr, out_ptr,
+                owner_ptr, score_ptr, out_ptr, keys_ptr, values_ptr,
                 n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
-                D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, BLOCK_J, BLOCK_D, EARLY,
+                position, cache_b, cache_g, cache_s, head_dim,
+                D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, KEY, VALUE, BLOCK_J, BLOCK_D, EARLY,
             )  # fmt: skip
     else:
         _gemv_block(
             first, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3,
-            owner_ptr, score_ptr, out_ptr,
+            owner_ptr, score_ptr, out_ptr, keys_ptr, values_ptr,
             n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
-            D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, BLOCK_J, BLOCK_D, EARLY,
+            position, cache_b, cache_g, cache_s, head_dim,
+            D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, KEY, VALUE, BLOCK_J, BLOCK_D, EARLY,
         )  # fmt: skip
 
 
@@ -212,9 +235,37 @@ def gemv_key(x: Tensor, weights: list[Tensor], owner: Tensor | None, score: Tens
     return key_of("gemv", x, tokens=x.shape[0], n=rows, d=x.shape[1], heads=heads)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Caches:
+    """Where the results of two weights go: keys and values [m, groups, slots, head_dim] of one layout, rows contiguous, at slot `position`,
+    one integer; `key` and `value`: which weights these are."""
+
+    keys: Tensor
+    values: Tensor
+    position: Tensor
+    key: int
+    value: int
+
+    def check(self, x: Tensor, sizes: list[int]) -> None:
+        """Raise ValueError unless they can hold these results."""
+        (tokens, groups, _, width), strides = self.keys.shape, self.keys.stride()
+        found = [(t.shape, t.stride(), t.dtype) for t in (self.keys, self.values)]
+        elements = {sizes[self.key], sizes[self.value], groups * width}
+        if (
+            found[0] != found[1] or (tokens, self.keys.dtype) != (x.shape[0], x.dtype)
+            or len(elements) > 1 or strides[3] != 1
+        ):  # fmt: skip
+            raise ValueError(
+                f"keys and values of {sizes[self.key]} and {sizes[self.value]} elements for each of {x.shape[0]} tokens, "
+                f"{x.dtype}, need caches of one layout: found {tuple(self.keys.shape)} {self.keys.dtype} and "
+                f"{tuple(self.values.shape)} {self.values.dtype}, strides {strides} and {self.values.stride()}"
+            )
+
+
 def launch_gemv(
     kernel, x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str,
     owner: Tensor | None = None, score: Tensor | None = None, config: Config | None = None,
+    caches: Caches | None = None,
 ) -> Tensor:  # fmt: skip
     """Launch `_gemv_kernel`, wrapped or not, for at most `MOST` weights."""
     x = x.contiguous()
@@ -234,11 +285,18 @@ def launch_gemv(
     absent = MOST - len(weights)
     bias = [present(None if b is None else b.contiguous(), weights[0]) for b in biases]
     nothing = [weights[0]] * absent
+    cached, layout = (weights[0],) * 3, (0, 0, 0, 0, 1)
+    if caches is not None:
+        caches.check(x, sizes)
+        cached, keys = (caches.keys, caches.values, caches.position), caches.keys
+        layout = (keys.shape[2], keys.stride(0), keys.stride(1), keys.stride(2), keys.shape[3])
     kernel[(sum(cdiv(n, config["BLOCK_J"]) for n in sizes),)](
         x, *weights, *nothing, *bias, *nothing, present(owner, weights[0]), present(score, weights[0]), out,
-        *sizes, *([0] * absent), *(weight.stride(0) for weight in weights), *([0] * absent), heads, owned_rows,
+        *cached, *sizes, *([0] * absent), *(weight.stride(0) for weight in weights), *([0] * absent), heads, owned_rows,
+        *layout,
         D=d, TOKENS=tokens, WEIGHTS=len(weights), BIAS=sum(1 << i for i, b in enumerate(biases) if b is not None),
-        OWNED=owner is not None, ACTIVATION=activation, EARLY=False, **config,
+        OWNED=owner is not None, ACTIVATION=activation, KEY=-1 if caches is None else caches.key,
+        VALUE=-1 if caches is None else caches.value, EARLY=False, **config,
     )  # fmt: skip
     return out
 
@@ -284,3 +342,25 @@ def gemv(
     if not x.is_cuda:
         return gemv_cpu(x, weights, biases, activation, owner, score)
     return launch_gemv(wrap_triton(_gemv_kernel), x, weights, biases, activation, owner, score)
+
+
+@triton_op("dejavu::gemv_into", mutates_args=("keys", "values"))
+def gemv_into(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], activation: str, owner: Tensor | None,
+    score: Tensor | None, keys: Tensor, values: Tensor, position: Tensor, key: int, value: int,
+) -> Tensor:  # fmt: skip
+    """`gemv`, whose results of weights `key` and `value` go to caches (see `Caches`). Nothing may read them in what it returns.
+
+    On a GPU `position` is read at once, so no kernel of the same graph may have written it just before.
+    """
+    caches = Caches(keys, values, position, key, value)
+    if x.is_cuda:
+        kernel = wrap_triton(_gemv_kernel)
+        return launch_gemv(kernel, x, weights, biases, activation, owner, score, caches=caches)
+    sizes = [weight.shape[0] for weight in weights]
+    caches.check(x, sizes)
+    y = gemv_cpu(x, weights, biases, activation, owner, score)
+    for cache, at in ((keys, key), (values, value)):
+        part = y.split(sizes, dim=1)[at].unflatten(1, (cache.shape[1], 1, cache.shape[3]))
+        cache.index_copy_(2, position.reshape(1), part)
+    return y

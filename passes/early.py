@@ -27,8 +27,10 @@ from .separable import VIEWS, aten, computed_from
 ops = torch.ops.dejavu
 
 MAYBE_VIEWS = VIEWS | {aten.slice.Tensor}
-SCORES = {ops.gemv.default: 5, ops.decode_attention.default: 6}  # position among the arguments
-ROWS = {ops.gathered_rows.default: 3, ops.gathered_glu.default: 5}  # of the selection, likewise
+GEMVS = {ops.gemv.default, ops.gemv_into.default}
+# Positions among the arguments: of scores,
+SCORES = {**dict.fromkeys(GEMVS, 5), ops.decode_attention.default: 6}
+ROWS = {ops.gathered_rows.default: 3, ops.gathered_glu.default: 5}  # of the selection
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def _waits_first(node: fx.Node, mode: int) -> bool:
 
 
 def _weights_read_early(node: fx.Node, mode: int) -> list[fx.Node]:
-    if node.target is ops.gemv.default:
+    if node.target in GEMVS:
         return node.args[1]
     if node.target in ROWS:
         return [node.args[1]] if mode & ROWS_START else []

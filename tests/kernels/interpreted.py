@@ -480,6 +480,49 @@ def test_gemv_skips_rows_of_heads_that_do_not_run(dtype, m, share, bias, d):
 
 @DTYPES
 @SEVERAL
+@pytest.mark.parametrize("place", [0, 4])
+@pytest.mark.parametrize("skips", [True, False], ids=["heads", "all"])
+def test_gemv_writes_keys_and_values_into_their_caches(dtype, m, place, skips):
+    """And nothing else of them, nor what it returns for these weights."""
+    d, groups, slots, width = 63, 3, 5, 8
+    x, sizes = randn(m, d, dtype=dtype), (24, groups * width, 7, groups * width)
+    weights = [randn(n, d, dtype=dtype) for n in sizes]
+    biases = [randn(sizes[0], dtype=dtype), None, None, randn(sizes[3], dtype=dtype)]
+    owner, score = None, None
+    if skips:
+        owner = torch.tensor([0, -1, 1, -1, 2, 3], dtype=torch.int32, device=DEVICE)
+        score = scores(m, 4, "all")
+    keys, values = (randn(m, slots, groups, width, dtype=dtype).transpose(1, 2) for _ in range(2))
+    before = keys.clone(), values.clone()
+    position = torch.tensor(place, device=DEVICE)
+    caches = GEMV.Caches(keys, values, position, key=1, value=3)
+    got = GEMV.launch_gemv(
+        GEMV._gemv_kernel, x, weights, biases, "identity", owner, score, caches=caches
+    )
+    parts = [
+        F.linear(x.double(), w.double(), None if b is None else b.double())
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    left = got.split(sizes, dim=1)
+    for i in (0, 2):
+        assert_close(left[i], parts[i], dtype)
+    for i, cache, old in ((1, keys, before[0]), (3, values, before[1])):
+        assert left[i].isnan().all()
+        assert_close(cache[:, :, place], parts[i].unflatten(1, (groups, width)), dtype)
+        others = torch.arange(slots, device=DEVICE) != place
+        assert torch.equal(cache[:, :, others], old[:, :, others])
+
+
+def test_caches_of_another_layout_are_refused():
+    x, weight = randn(1, 16), randn(24, 16)
+    keys, values = randn(1, 3, 5, 8), randn(1, 5, 3, 8).transpose(1, 2)
+    caches = GEMV.Caches(keys, values, torch.tensor(0, device=DEVICE), 0, 1)
+    with pytest.raises(ValueError, match="caches of one layout"):
+        GEMV.launch_gemv(GEMV._gemv_kernel, x, [weight] * 2, [None] * 2, "identity", caches=caches)
+
+
+@DTYPES
+@SEVERAL
 @pytest.mark.parametrize("share", ["none", "some", "all"])
 @pytest.mark.parametrize(
     ("heads", "width", "d"), [(4, 12, 70)] if INTERPRETED else [(4, 12, 70), (72, 128, 4100)]

@@ -105,3 +105,15 @@ def test_a_predictor_is_not(dtype):
     select.launch_select(kernels, source, down, up, bias)
     for kernel in kernels:
         assert_only_outputs(kernel.written, source, down, up, bias)
+
+
+def test_a_gemv_into_caches_writes_these_and_not_their_counter():
+    gemv = importlib.import_module("dejavu_compile.kernels.gemv")
+    x, weight = torch.randn(1, 16), torch.randn(24, 16)
+    keys, values = torch.zeros(2, 1, 3, 5, 8)
+    caches = gemv.Caches(keys, values, torch.tensor(2), 0, 1)
+    kernel = Analysed(gemv._gemv_kernel)
+    gemv.launch_gemv(kernel, x, [weight] * 2, [None] * 2, "identity", caches=caches)
+    assert_only_outputs(kernel.written, x, weight, caches.position)
+    written = {tensor.data_ptr() for tensor in kernel.written}
+    assert {keys.data_ptr(), values.data_ptr()} < written
