@@ -7,7 +7,7 @@ cached keys and values a unit and sequence, m tokens (each of a sequence of its 
     dense                   n u                          + m n K
     exact, gate             n c + q rho_m n (u - c)
     predict, sketch         q rho_m n u + p P            + m rho n K
-    predict, cache only     n u + p P                    + m rho n K
+    predict, cache only     n u + p P                    + m rho n K + t
 
 Weights are read for the union of the tokens' selections: rho_m = 1 - (1 - rho)^m if they choose
 independently, which is the worst case, since tokens of one text agree more. A cache belongs to one
@@ -15,7 +15,9 @@ sequence, so no batch makes its saving smaller.
 
 q and p are 1 on a CPU, and for one token. A GPU's kernels go through a selected row once for four tokens, and several tokens are
 more arithmetic than it does on the way: q = 1.6 + m / 4. Predictors go through their weights once for each: p = m. (H200,
-OPT-6.7B, MLPs at 10 %, at 2, 4 and 8 sequences against library GEMMs: q 2.2, 2.7, 3.6; at 4, p 4)
+OPT-6.7B, MLPs at 10 %, at 2, 4 and 8 sequences against library GEMMs: q 2.2, 2.7, 3.6; at 4, p 4) Attention that only skips
+caches has launches more than a library's: t stands for their time, on a GPU 20 MB. (H200, OPT-6.7B, half of the heads, KV 512: at 4
+sequences the 17 MB that a layer saves take 1 to 4 % of a step longer, at 8 its 34 MB are gained)
 """
 
 from collections.abc import Callable
@@ -30,7 +32,7 @@ from dejavu_compile.passes.read_attention import as_decode_attention
 from dejavu_compile.passes.site import Carrier, Execution, Policy, Site
 
 n, u, c, P, m, q, p = sympy.symbols("n u c P m q p", positive=True)
-K = sympy.Symbol("K", nonnegative=True)
+K, t = sympy.symbols("K t", nonnegative=True)
 rho = sympy.Symbol("rho", nonnegative=True)
 
 UNION = 1 - (1 - rho) ** m
@@ -42,12 +44,13 @@ BYTES = {
     Policy.EXACT: n * c + q * UNION * n * (u - c),
     Policy.GATE: n * c + q * UNION * n * (u - c),
 }
-BYTES_CACHE_ONLY = n * u + p * P + CACHE
+BYTES_CACHE_ONLY = n * u + p * P + CACHE + t
+LAUNCHES = 20e6  # what memory brings in 5 us
 
 
 @cache
 def _compiled(form: sympy.Expr) -> Callable[..., float]:
-    return sympy.lambdify((n, u, c, P, K, q, p, m, rho), form)
+    return sympy.lambdify((n, u, c, P, K, q, p, t, m, rho), form)
 
 
 @cache
@@ -75,7 +78,7 @@ class SiteCost:
         """Bytes read a step under `policy`."""
         form = BYTES_CACHE_ONLY if execution is Execution.CACHE else BYTES[policy]
         more = self.several_cost_more and tokens > 1
-        times = (1.6 + tokens / 4, tokens) if more else (1, 1)
+        times = (1.6 + tokens / 4, tokens, LAUNCHES) if more else (1, 1, 0)
         return float(_compiled(form)(*self._sizes, *times, tokens, density))
 
     def break_even(self, policy: Policy) -> float:

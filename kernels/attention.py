@@ -103,8 +103,9 @@ def _attention_kernel(
     runs = row < GROUP
     if SELECT:
         score = tl.load(score_ptr + at * GROUP + row, mask=runs, other=-1.0).to(tl.float32)
-        # The compiler would ask for the query where it is used, behind the branch that waits for the score.
-        tl.debug_barrier()
+        if not DOT:
+            # The compiler would ask for the query where it is used, behind the branch that waits for the score.
+            tl.debug_barrier()
         runs = runs & ((score > 0) | (score != score))
     if tl.max(runs.to(tl.int32), axis=0) != 0:
         # Python floats arrive as fp64 from Inductor
