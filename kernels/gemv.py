@@ -70,7 +70,7 @@ def gemv_reference(
 def _gemv_block(
     block, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3, owner_ptr, score_ptr, out_ptr,
     keys_ptr, values_ptr, n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
-    position, cache_b, cache_g, cache_s, head_dim,
+    position, slots, cache_b, cache_g, cache_s, head_dim,
     D: tl.constexpr, TOKENS: tl.constexpr, WEIGHTS: tl.constexpr, BIAS: tl.constexpr, OWNED: tl.constexpr,
     ACTIVATION: tl.constexpr, KEY: tl.constexpr, VALUE: tl.constexpr, BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr, EARLY: tl.constexpr,
@@ -139,7 +139,10 @@ def _gemv_block(
                         (start + token) * cache_b + unit // head_dim * cache_g + position * cache_s
                     )
                     cache = tl.where(which == KEY, keys_ptr, values_ptr) + slot + unit % head_dim
-                    out = tl.where((which == KEY) | (which == VALUE), cache, out)
+                    cached = (which == KEY) | (which == VALUE)
+                    out = tl.where(cached, cache, out)
+                    # Past the end of a cache is somebody else's memory, also where no assertion is compiled in.
+                    live = live & ((position < slots) | (not cached))
                 tl.store(out, y.to(out_ptr.dtype.element_ty), mask=live)
 
 
@@ -178,7 +181,7 @@ def _gemv_kernel(
                 block, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3,
                 owner_ptr, score_ptr, out_ptr, keys_ptr, values_ptr,
                 n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
-                position, cache_b, cache_g, cache_s, head_dim,
+                position, slots, cache_b, cache_g, cache_s, head_dim,
                 D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, KEY, VALUE, BLOCK_J, BLOCK_D, EARLY,
             )  # fmt: skip
     else:
@@ -186,7 +189,7 @@ def _gemv_kernel(
             first, x_ptr, weight0, weight1, weight2, weight3, bias0, bias1, bias2, bias3,
             owner_ptr, score_ptr, out_ptr, keys_ptr, values_ptr,
             n0, n1, n2, n3, stride0, stride1, stride2, stride3, heads, owned_rows,
-            position, cache_b, cache_g, cache_s, head_dim,
+            position, slots, cache_b, cache_g, cache_s, head_dim,
             D, TOKENS, WEIGHTS, BIAS, OWNED, ACTIVATION, KEY, VALUE, BLOCK_J, BLOCK_D, EARLY,
         )  # fmt: skip
 
