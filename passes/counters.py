@@ -7,10 +7,9 @@ A static cache counts its tokens on the device, layer by layer: a launch each, o
 
 from collections import defaultdict
 
-import torch
 from torch import fx
 
-from .in_place import computes
+from .in_place import computes, has_one_name
 from .separable import aten
 
 
@@ -22,13 +21,7 @@ def _counts(node: fx.Node) -> bool:
         return False
     if value.dim() or value.dtype.is_floating_point or any(u > node for u in counter.users):
         return False
-    storage = value.untyped_storage()._cdata
-    others = (
-        n.meta.get("val") for n in node.graph.find_nodes(op="placeholder") if n is not counter
-    )
-    return all(
-        o.untyped_storage()._cdata != storage for o in others if isinstance(o, torch.Tensor)
-    ) and all(computes(u) for u in counter.users if u is not node)  # fmt: skip
+    return has_one_name(counter) and all(computes(u) for u in counter.users if u is not node)
 
 
 def count_together(gm: fx.GraphModule) -> int:

@@ -81,6 +81,17 @@ def targets_of(node: fx.Node) -> list[fx.Node]:
     return found
 
 
+def has_one_name(given: fx.Node) -> bool:
+    """Whether no other input of the graph is the memory of this one."""
+    storage = given.meta["val"].untyped_storage()._cdata
+    others = (
+        n.meta.get("val") for n in given.graph.find_nodes(op="placeholder") if n is not given
+    )
+    return all(
+        o.untyped_storage()._cdata != storage for o in others if isinstance(o, torch.Tensor)
+    )
+
+
 def computes(node: fx.Node) -> bool:
     """An op that by its schema gives a value of its own, not another name of its input."""
     return isinstance(node.target, torch._ops.OpOverload) and not any(

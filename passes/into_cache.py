@@ -17,7 +17,7 @@ from torch import fx
 from dejavu_compile._compat import unset_fake_temporarily
 
 from .emit import Emitter
-from .in_place import targets_of
+from .in_place import has_one_name, targets_of
 from .separable import VIEWS, aten
 
 ops = torch.ops.dejavu
@@ -121,6 +121,7 @@ def _is_by_head(gemv: fx.Node, part: fx.Node, write: fx.Node) -> bool:
 
 def _counter(position: fx.Node, gemv: fx.Node) -> fx.Node | None:
     """The input that counts a cache's tokens, where `position` is that number: `arange(1) + counter`."""
+    read_at = max(gemv, position)
     if position.target is aten.add.Tensor and not position.kwargs:
         pair = position.args
         offsets = [a for a in pair if isinstance(a, fx.Node) and _is_zero(a)]
@@ -131,8 +132,8 @@ def _counter(position: fx.Node, gemv: fx.Node) -> fx.Node | None:
     value = position.meta.get("val")
     if position.op != "placeholder" or not isinstance(value, torch.Tensor):
         return None
-    # A kernel that is launched early reads it at once.
-    written_before = any(user < gemv for user in position.users if position in targets_of(user))
+    # A kernel that is launched early reads it at once, and then it must be what `position` was made of.
+    written_before = any(user < read_at for user in position.users if position in targets_of(user))
     fits = value.numel() == 1 and value.dtype is torch.int64 and not written_before
     return position if fits else None
 
@@ -148,13 +149,7 @@ def _is_only_written_here(cache: fx.Node) -> bool:
     value = cache.meta.get("val")
     if cache.op != "placeholder" or len(cache.users) != 1 or value.dim() != 4:
         return False
-    storage = value.untyped_storage()._cdata
-    inputs = (
-        n.meta.get("val") for n in cache.graph.find_nodes(op="placeholder") if n is not cache
-    )
-    return all(
-        v.untyped_storage()._cdata != storage for v in inputs if isinstance(v, torch.Tensor)
-    )
+    return has_one_name(cache)
 
 
 def _alike(gemv: fx.Node, keys: _Write, values: _Write) -> bool:

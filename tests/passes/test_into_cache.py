@@ -73,3 +73,21 @@ def test_a_slot_that_a_cache_has_not_is_refused():
             0,
             1,
         )
+
+
+@torch.no_grad()
+def test_a_counter_that_is_written_first_is_not_read_by_the_projection(monkeypatch):
+    """Its writes come after every read of it; here one comes before, and the slot is another than the projection would see."""
+    graphs = []
+
+    def count_first(gm):
+        for write in gm.graph.find_nodes(op="call_function", target=aten.index_copy_.default):
+            counter = write.args[2].args[1] if write.args[2].target is aten.add.Tensor else None
+            counter = counter if counter is not None else write.args[2]
+            with gm.graph.inserting_before(write.args[2]):
+                gm.graph.call_function(aten.add_.Tensor, (counter, 0))
+        graphs.append(into_cache.write_into_caches(gm))
+
+    monkeypatch.setattr(sys.modules["dejavu_compile.backend"], "write_into_caches", count_first)
+    decode_graph(tiny("opt", layers=2))
+    assert graphs[-1] == 0
