@@ -24,7 +24,7 @@ from dejavu_compile.kernels.heads import _head_sum_kernel, launch_head_sum
 from dejavu_compile.kernels.nibbles import pack
 from dejavu_compile.kernels.rows import _rows_kernel, launch_rows
 from dejavu_compile.kernels.select import launch_select, select_kernels
-from dejavu_compile.launches import LaunchedEarly
+from dejavu_compile.launches import in_a_step
 from dejavu_compile.predictors import rank_and_bits
 
 RESULTS = Path(__file__).parent / "results"
@@ -113,21 +113,13 @@ def cases(w: Layers) -> dict[str, tuple[Callable[[int], Any], float]]:
     select = select_kernels(w.x, w.down[0], w.up[0])
     row = 2.0 * d * k
 
-    def chain(i: int) -> torch.Tensor:
+    def chain(i: int, up: Any = _rows_kernel, down: Any = _sum_kernel) -> torch.Tensor:
         index, count, *_ = launch_select(select, w.x, w.down[i], w.up[i], w.score_bias)
-        h = launch_rows(_rows_kernel, w.x, w.into[i], w.bias_n, (index, count), "relu")
-        return launch_sum(_sum_kernel, h, w.out[i], index, count, True, w.arrived)
+        h = launch_rows(up, w.x, w.into[i], w.bias_n, (index, count), "relu")
+        return launch_sum(down, h, w.out[i], index, count, True, w.arrived)
 
-    def in_a_step(i: int) -> torch.Tensor:
-        """The chain with rows and sum launched early, as in a compiled step."""
-        index, count, *_ = launch_select(select, w.x, w.down[i], w.up[i], w.score_bias)
-        selection, up, down = (
-            (index, count),
-            LaunchedEarly(_rows_kernel),
-            LaunchedEarly(_sum_kernel),
-        )
-        h = launch_rows(up, w.x, w.into[i], w.bias_n, selection, "relu")
-        return launch_sum(down, h, w.out[i], *selection, True, w.arrived)
+    # A compiled step launches rows and sum early, predictors not.
+    early = in_a_step(_rows_kernel), in_a_step(_sum_kernel)
 
     def inner(i: int) -> None:
         """Only the first launch of `select`."""
@@ -144,7 +136,7 @@ def cases(w: Layers) -> dict[str, tuple[Callable[[int], Any], float]]:
         "rows": (lambda i: launch_rows(_rows_kernel, w.x, w.into[i], w.bias_n, w.selection, "relu"), row),
         "sum": (lambda i: launch_sum(_sum_kernel, w.hidden, w.out[i], *w.selection, True, w.arrived), row),
         "chain": (chain, 2 * row + r * (d + n)),
-        "chain, launched early": (in_a_step, 2 * row + r * (d + n)),
+        "chain, launched early": (lambda i: chain(i, *early), 2 * row + r * (d + n)),
         "gemv square": (lambda i: launch_gemv(_gemv_kernel, w.x, [w.square[i]], [w.bias_d], "identity"), 2.0 * d * d),
         "gemv QKV": (lambda i: launch_gemv(_gemv_kernel, w.x, [w.square[i], w.square[i - 1], w.square[i - 2]], [w.bias_d] * 3, "identity"), 6.0 * d * d),
         "cublas square": (lambda i: torch.nn.functional.linear(w.x, w.square[i], w.bias_d), 2.0 * d * d),

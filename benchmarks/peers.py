@@ -43,7 +43,7 @@ from peer_rows import (
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dejavu_compile._compat import compile_counters, has_early_launch
+from dejavu_compile._compat import compile_counters
 from dejavu_compile.bench import environment, measure, time_us, write
 from dejavu_compile.decode_step import TOLERANCE, DecodeStep, Reference, compared_with
 from dejavu_compile.kernels._triton import cdiv, jit, start_next, tl, wait_for_previous
@@ -51,7 +51,7 @@ from dejavu_compile.kernels.attention import _attention_kernel, launch_attention
 from dejavu_compile.kernels.gathered_sum import _sum_kernel, launch_sum
 from dejavu_compile.kernels.rows import _rows_kernel, launch_rows
 from dejavu_compile.kernels.selection import _compact_kernel, launch_compact
-from dejavu_compile.launches import LaunchedEarly
+from dejavu_compile.launches import in_a_step
 from dejavu_compile.random_selections import attach_gates
 from dejavu_compile.shapes import build, cache_bytes, in_float32, weight_bytes
 
@@ -124,11 +124,6 @@ def rounded(parts: Tensor, dtype: torch.dtype) -> Tensor:
         parts, out, out.numel(), PARTS=len(parts), BLOCK=1024, EARLY=False
     )
     return out
-
-
-def in_a_step(kernel: Any) -> Any:
-    """One of our kernels as a compiled decode step launches it: early, where the GPU can."""
-    return LaunchedEarly(kernel) if has_early_launch(torch.device("cuda")) else kernel
 
 
 def as_selection(chosen: Tensor, n: int) -> tuple[Tensor, Tensor]:

@@ -27,8 +27,8 @@ import torch
 import dejavu_compile.kernels
 from dejavu_compile.kernels.tuning import Config
 
-from ._compat import has_early_launch, inductor_cache_dir, unset_fake_temporarily
-from .launches import Launch, LaunchedEarly, made_up
+from ._compat import inductor_cache_dir, unset_fake_temporarily
+from .launches import Launch, in_a_step, made_up
 
 log = logging.getLogger(__name__)
 
@@ -281,8 +281,7 @@ class GraphTimer:
         self.launch, self.device = launch, launch.device
         cache_bytes = torch.cuda.get_device_properties(self.device).L2_cache_size
         self.arguments = made_up(launch, cache_bytes)
-        early = has_early_launch(self.device)
-        self.kernel = LaunchedEarly(launch.kernel.kernel) if early else launch.kernel.kernel
+        self.kernel = in_a_step(launch.kernel.kernel, self.device)
         self.stream = torch.cuda.Stream(self.device)
         self.expected: torch.Tensor | None = None
 

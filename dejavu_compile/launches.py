@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from dejavu_compile._compat import has_early_launch
 from dejavu_compile.kernels import EARLY, HEADS_START
 from dejavu_compile.kernels.attention import (
     _attention_kernel,
@@ -59,6 +60,12 @@ class LaunchedEarly:
         return lambda *args, **kwargs: run(
             *args, **{**kwargs, "EARLY": EARLY | HEADS_START, "launch_pdl": True}
         )
+
+
+def in_a_step(kernel: Any, device: torch.device | None = None) -> Any:
+    """One of our kernels as a compiled decode step launches it: early, where the device, the GPU by default, can."""
+    early = has_early_launch(device or torch.device("cuda"))
+    return LaunchedEarly(kernel) if early else kernel
 
 
 @dataclass(frozen=True, slots=True, eq=False)
