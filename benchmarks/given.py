@@ -21,7 +21,7 @@ from dejavu_compile.passes.emit import Emitter
 from dejavu_compile.passes.schedule import Issue, Scheduled
 
 
-def give(gm: fx.GraphModule, selects: tuple[fx.Node, ...], issue: Issue) -> Scheduled:
+def give(gm: fx.GraphModule, selects: tuple[fx.Node, ...], issue: Issue, early: bool) -> Scheduled:
     """In the place of `schedule`: a list and a count instead of each predictor."""
     emit = Emitter(gm)
     for number, select in enumerate(selects):

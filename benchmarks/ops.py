@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dejavu_compile import kernels as dk
+from dejavu_compile._compat import has_early_launch
 from dejavu_compile.bench import copy_bandwidth, environment, time_us, write
 from dejavu_compile.kernels.attention import _attention_kernel, launch_attention
 from dejavu_compile.kernels.gathered_sum import _sum_kernel, launch_sum
@@ -27,6 +28,7 @@ from dejavu_compile.kernels.select import launch_select, select_kernels
 from dejavu_compile.launches import in_a_step
 from dejavu_compile.predictors import rank_and_bits
 
+ops = torch.ops.dejavu
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
     "4096": (4096, 16384),
@@ -113,13 +115,27 @@ def cases(w: Layers) -> dict[str, tuple[Callable[[int], Any], float]]:
     select = select_kernels(w.x, w.down[0], w.up[0])
     row = 2.0 * d * k
 
-    def chain(i: int, up: Any = _rows_kernel, down: Any = _sum_kernel) -> torch.Tensor:
-        index, count, *_ = launch_select(select, w.x, w.down[i], w.up[i], w.score_bias)
+    def chain(
+        i: int, predict: Any = select, up: Any = _rows_kernel, down: Any = _sum_kernel
+    ) -> torch.Tensor:
+        index, count, *_ = launch_select(predict, w.x, w.down[i], w.up[i], w.score_bias)
         h = launch_rows(up, w.x, w.into[i], w.bias_n, (index, count), "relu")
         return launch_sum(down, h, w.out[i], index, count, True, w.arrived)
 
-    # A compiled step launches rows and sum early, predictors not.
-    early = in_a_step(_rows_kernel), in_a_step(_sum_kernel)
+    overlaps = has_early_launch(w.x.device)
+    begun_before: list[Sequence[torch.Tensor]] = []
+    # As a compiled step launches them; predictors on a side stream too, but for their first launch.
+    early = tuple(map(in_a_step, select)), in_a_step(_rows_kernel), in_a_step(_sum_kernel)
+
+    def ahead(i: int) -> torch.Tensor:
+        """As a step runs it: the next layer's predictor beside this layer's rows and sum."""
+        begun = w.selection if i == 0 else begun_before.pop()
+        scratch = ops.select_begin(w.x, w.down[i], w.up[i], w.score_bias, i, overlaps)
+        h = launch_rows(early[1], w.x, w.into[i], w.bias_n, begun, "relu")
+        y = launch_sum(early[2], h, w.out[i], *begun, True, w.arrived)
+        ops.select_join(*scratch[:2], list(scratch[2:]), w.x, i)
+        begun_before[:] = [scratch[:2]]
+        return y
 
     def inner(i: int) -> None:
         """Only the first launch of `select`."""
@@ -133,10 +149,12 @@ def cases(w: Layers) -> dict[str, tuple[Callable[[int], Any], float]]:
         "select: inner": (inner, r * d),
         "select: scores": (scores, r * n),
         "select": (lambda i: launch_select(select, w.x, w.down[i], w.up[i], w.score_bias), r * (d + n)),
+        "select, launched early": (lambda i: launch_select(early[0], w.x, w.down[i], w.up[i], w.score_bias), r * (d + n)),
         "rows": (lambda i: launch_rows(_rows_kernel, w.x, w.into[i], w.bias_n, w.selection, "relu"), row),
         "sum": (lambda i: launch_sum(_sum_kernel, w.hidden, w.out[i], *w.selection, True, w.arrived), row),
         "chain": (chain, 2 * row + r * (d + n)),
         "chain, launched early": (lambda i: chain(i, *early), 2 * row + r * (d + n)),
+        "chain, one layer ahead": (ahead, 2 * row + r * (d + n)),
         "gemv square": (lambda i: launch_gemv(_gemv_kernel, w.x, [w.square[i]], [w.bias_d], "identity"), 2.0 * d * d),
         "gemv QKV": (lambda i: launch_gemv(_gemv_kernel, w.x, [w.square[i], w.square[i - 1], w.square[i - 2]], [w.bias_d] * 3, "identity"), 6.0 * d * d),
         "cublas square": (lambda i: torch.nn.functional.linear(w.x, w.square[i], w.bias_d), 2.0 * d * d),
@@ -195,7 +213,7 @@ def grid(**values: tuple[int, ...]) -> list[dict[str, int]]:
     ]
 
 
-def sweep(w: Layers, layers: int, ops: Sequence[str]) -> None:
+def sweep(w: Layers, layers: int, names: Sequence[str]) -> None:
     """Print the best block sizes of the named kernels at this shape."""
     blocks = -(-w.slots // 64)
     candidates = {
@@ -235,7 +253,7 @@ def sweep(w: Layers, layers: int, ops: Sequence[str]) -> None:
             ],
         ),
     }  # fmt: skip
-    for name in ops:
+    for name in names:
         results = timed(*candidates[name], layers)
         best = (f"\n    {us:6.2f} us {c}" for us, c in [*results[:4], results[-1]])
         print(name, w.d, w.slots, *best, flush=True)
@@ -270,7 +288,7 @@ def main() -> None:
                 {"shape": shape, "op": name, "us": us, "bytes": num_bytes, "share_of_floor": share}
             )
             print(
-                f"{shape:>6} {name:<14}{us:8.2f} us {num_bytes / 1e6:9.2f} MB {share:6.0%}",
+                f"{shape:>6} {name:<24}{us:8.2f} us {num_bytes / 1e6:9.2f} MB {share:6.0%}",
                 flush=True,
             )
         if args.sweep:

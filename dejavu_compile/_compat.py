@@ -222,7 +222,8 @@ def _kind(value: Any) -> Hashable:
 
 
 ONE_STEP = 16384  # elements that a program holds
-EIGHT_WARPS = 8192  # of which so many fit into the registers of the warps that Inductor gives it
+EIGHT_WARPS = 2048  # of which so many are held well by the warps that Inductor gives it
+PARTS = 8192  # the longest rows that a norm may first have to add up, from parts that a sum left
 
 
 @contextmanager
@@ -244,7 +245,8 @@ def norms_in_one_step() -> Iterator[None]:
         ) -> dict[str, Any]:
             kwargs = super().triton_kernel_kwargs(kernel_cls, features, groups, kernel_kwargs)
             if kernel_cls is TritonKernel and _is_lone_row(features, EIGHT_WARPS, ONE_STEP):
-                config = FixedTritonConfig({"XBLOCK": 1, "num_warps": 16, "num_stages": 1})
+                warps = 32 if _is_lone_row(features, EIGHT_WARPS, PARTS) else 16
+                config = FixedTritonConfig({"XBLOCK": 1, "num_warps": warps, "num_stages": 1})
                 kwargs = {**kwargs, "fixed_config": config}
             return kwargs
 

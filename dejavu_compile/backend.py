@@ -122,7 +122,8 @@ def prepare(
         dump.graph("rewrite", gm)
         fuse(gm)
         dump.graph("fuse", gm)
-        schedule(gm, rewritten.selects, _issue(options))
+        early = options.pdl and has_early_launch(_device(example_inputs))
+        schedule(gm, rewritten.selects, _issue(options), early)
         dump.graph("schedule", gm)
     few_tokens = False
     if options.gemv and options.execution is ExecutionMode.AUTO:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from dejavu_compile._compat import has_early_launch
-from dejavu_compile.kernels import EARLY, HEADS_START
+from dejavu_compile.kernels._triton import LaunchedEarly
 from dejavu_compile.kernels.attention import (
     _attention_kernel,
     attention_candidates,
@@ -47,19 +47,6 @@ ops = torch.ops.dejavu
 WEIGHTS = {"weight", "weights", "gate", "up", "k", "v"}  # what a step reads once
 SETS = 64  # of weights, at most, for launches in a row
 CACHES = 3  # times the size of the L2 cache: what is read before a weight is read again
-
-
-class LaunchedEarly:
-    """A kernel whose programs start while the kernel before drains, as in a decode step (`kernels._triton.start_next`)."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple) -> Callable[..., Any]:
-        run = self.kernel[grid]
-        return lambda *args, **kwargs: run(
-            *args, **{**kwargs, "EARLY": EARLY | HEADS_START, "launch_pdl": True}
-        )
 
 
 def in_a_step(kernel: Any, device: torch.device | None = None) -> Any:

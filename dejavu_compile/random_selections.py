@@ -34,7 +34,8 @@ def attach_random_predictors(
         (attentions(model), head_density, _head_predictor),
     ):
         for number, part in enumerate(parts if share is not None else []):
-            make_unit_major(part.out, 1, produces_units=False)
+            if number > 0 or make is _mlp_predictor:  # the first MLP may run by its exact zeros
+                make_unit_major(part.out, 1, produces_units=False)
             if number == 0:
                 continue
             generator = torch.Generator().manual_seed(number)

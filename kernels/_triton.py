@@ -58,6 +58,18 @@ HEADS_START = 2  # kernels that skip heads let the next one start before they wa
 ROWS_START = 4  # gathered rows do too, and read their selection before they wait
 
 
+class LaunchedEarly:
+    """A kernel whose programs start while the kernel before drains (`start_next`): it reads nothing before it waits that the one
+    before could have written."""
+
+    def __init__(self, kernel: Any, mode: int = EARLY | HEADS_START) -> None:
+        self.kernel, self.mode = kernel, mode
+
+    def __getitem__(self, grid: tuple) -> Callable[..., Any]:
+        run, early = self.kernel[grid], {"EARLY": self.mode, "launch_pdl": True}
+        return lambda *args, **kwargs: run(*args, **{**kwargs, **early})
+
+
 @jit
 def start_next(EARLY: tl.constexpr, FLAG: tl.constexpr = 0):
     """Let the next kernel's programs start, where there is room, as soon as all of this one's have.

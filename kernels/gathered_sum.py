@@ -167,7 +167,7 @@ def _sum_kernel(
 
 
 def sum_config(n: int, d: int, tokens: int = 1) -> Config:
-    """Weights that fill the registers before the wait; of several tokens, sums. Four programs a multiprocessor. (H200, d 4096 to
+    """Weights that fill the registers before the wait; of several tokens, sums. Sixteen warps a multiprocessor. (H200, d 4096 to
     12288 at 10 and 50 %; H100, 2 to 8 tokens)"""
     if tokens > 1:
         block_j, block_d = (32, 64) if d <= 4096 else (16, 128)
@@ -182,8 +182,8 @@ def sum_config(n: int, d: int, tokens: int = 1) -> Config:
         }
     if d <= 4096:
         block_d = min(64, power_of_2(d))
-        splits = max(1, min(16, 4 * PROCESSORS // cdiv(d, block_d), cdiv(n, 256)))
-        return {"BLOCK_J": 64, "BLOCK_D": block_d, "num_warps": 4, "splits": splits, "FOUR": True}
+        splits = max(1, min(16, 2 * PROCESSORS // cdiv(d, block_d), cdiv(n, 512)))
+        return {"BLOCK_J": 128, "BLOCK_D": block_d, "num_warps": 8, "splits": splits, "FOUR": True}
     splits = max(1, min(32, 4 * PROCESSORS // cdiv(d, 512), cdiv(n, 64)))
     return {"BLOCK_J": 8, "BLOCK_D": 512, "num_warps": 4, "splits": splits, "FOUR": True}
 
@@ -203,7 +203,7 @@ def sum_candidates(n: int, d: int, tokens: int = 1) -> list[Config]:
     if tokens == 1:
         others += [{**rule, "FOUR": not rule["FOUR"]}]
         tiles = [
-            (32, 128, 4, True), (8, 512, 4, True), (64, 64, 4, True), (32, 64, 4, True), (64, 128, 4, True),
+            (64, 64, 4, True), (8, 512, 4, True), (32, 128, 4, True), (32, 64, 4, True), (64, 128, 4, True),
             (64, 64, 4, False), (32, 128, 4, False), (128, 32, 4, True),
         ]  # fmt: skip
     for block_j, block_d, warps, four in tiles:

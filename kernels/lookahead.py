@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from ._triton import LaunchedEarly
 from .select import launch_select, scratch, select_cpu, select_kernels
 from .selection import fake_selection
 
@@ -31,16 +32,20 @@ def _done(device: torch.device, ticket: int) -> "torch.cuda.Event":
 
 @custom_op("dejavu::select_begin", mutates_args=())
 def select_begin(
-    source: Tensor, down: Tensor, up: Tensor, bias: Tensor, ticket: int
+    source: Tensor, down: Tensor, up: Tensor, bias: Tensor, ticket: int, early: bool = False
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Start `select` on the side stream. Returns index, count and scratch, not to be read before the join.
 
-    `ticket`: any number that no other predictor has which is under way on this device.
+    `ticket`: any number that no other predictor has which is under way on this device. `early`: the second launch is (the device has to
+    know that). The first waits for all that is on the current stream, so weights are there. The last neither is nor lets what comes
+    next start early: in a CUDA graph a join is an edge to a kernel that may read the selection before it waits (`passes/early.py`).
     """
     if not source.is_cuda:
         index, count = select_cpu(source, down, up, bias)
         return index, count, source.new_empty(0), index.new_empty(0), index.new_empty(0)
     kernels = select_kernels(source, down, up)
+    if early:
+        kernels = (kernels[0], LaunchedEarly(kernels[1]), kernels[2])
     if not source.is_contiguous():
         # A contiguous copy would be freed here, while the side stream still reads it: stay in line.
         results = launch_select(kernels, source, down, up, bias)
@@ -79,7 +84,7 @@ class _Recorded:
 
 
 @select_begin.register_fake
-def _(source: Tensor, down: Tensor, up: Tensor, bias: Tensor, ticket: int):
+def _(source: Tensor, down: Tensor, up: Tensor, bias: Tensor, ticket: int, early: bool = False):
     index, count = fake_selection(source, up.shape[0])
     if not source.is_cuda:
         return index, count, source.new_empty(0), index.new_empty(0), index.new_empty(0)

@@ -225,7 +225,10 @@ def rows_config(n: int, d: int, tokens: int = 1) -> Config:
     """Eight programs a multiprocessor share the live slots: half of what fits, so that the next kernel's fit beside them. For several
     tokens all. (H200, d 4096 to 12288 at 10 %, half of 14336; H100, 2 to 8 tokens)"""
     share = 16 if tokens > 1 and d <= 4096 else 8
-    return {**row_blocks(d, tokens), "programs": min(cdiv(n, 2), share * PROCESSORS)}
+    blocks = row_blocks(d, tokens)
+    if d > 4096:
+        blocks["BLOCK_D"] = min(blocks["BLOCK_D"], 1024)
+    return {**blocks, "programs": min(cdiv(n, 2), share * PROCESSORS)}
 
 
 def rows_candidates(n: int, d: int, tokens: int = 1) -> list[Config]:

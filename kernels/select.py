@@ -3,7 +3,8 @@
     score = up @ (down @ source) + bias;  unit u is selected where score[u] > 0 for any token
 
 The calibrated threshold is part of the bias. Three launches: `down @ source`, split so that a small
-rank fills the chip; the scores with a list per program; the lists moved to their places.
+rank fills the chip; the scores with a list per program; the lists moved to their places. Launched early, the first
+two ask for weights before they wait.
 Matrices in int8 and in nibbles are read by the kernels of `select_int8`.
 """
 
@@ -15,7 +16,17 @@ from torch import Tensor
 from torch.library import triton_op
 
 from . import cpu
-from ._triton import PROCESSORS, cdiv, empty, jit, power_of_2, tl, wrap_triton
+from ._triton import (
+    PROCESSORS,
+    cdiv,
+    empty,
+    jit,
+    power_of_2,
+    start_next,
+    tl,
+    wait_for_previous,
+    wrap_triton,
+)
 from .nibbles import columns, is_packed, unpacked
 from .select_int8 import fits, inner_int8_kernel, score_int8_kernel
 from .selection import SEGMENT, fake_selection, list_segment, listed, scatter, scatter_kernel
@@ -37,9 +48,11 @@ def select_reference(
 def inner_kernel(
     source_ptr, down_ptr, inner_ptr, rank, width, chunk,
     TOKENS: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    BLOCK_S: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid (rank blocks, splits): one part of `down @ source`, over one chunk of the source."""
+    start_next(EARLY)
+    wait_for_previous(EARLY)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
     column = tl.arange(0, BLOCK_S)
@@ -60,9 +73,11 @@ def inner_kernel(
 def score_kernel(
     inner_ptr, up_ptr, bias_ptr, local_ptr, counts_ptr, n, rank,
     TOKENS: tl.constexpr, SPLITS: tl.constexpr,
-    SEGMENT: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEGMENT: tl.constexpr, BLOCK_R: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Grid: one program a segment of units: their scores, and the list of those above zero."""
+    start_next(EARLY)
+    wait_for_previous(EARLY)
     segment = tl.program_id(0)
     unit = segment * SEGMENT + tl.arange(0, SEGMENT)
     column = tl.arange(0, BLOCK_R)
@@ -107,7 +122,8 @@ def _shape(source: Tensor, down: Tensor, up: Tensor) -> _Shape:
     if fits(source, down, up):
         # A block's digits are made once for all its rows: of nibbles, twice as many rows have the bytes of int8.
         per_word, block_rows = (8, 16) if is_packed(down) else (4, 8)
-        block = min(2048 if width > 4096 else 1024, power_of_2(width)) // per_word
+        longest = 1024 if width <= 4096 else 4096 if width % 4096 == 0 else 2048
+        block = min(longest, power_of_2(width)) // per_word
         # Every program of the second launch adds the splits up: no more than fill the chip twice.
         blocks = cdiv(width, per_word * block)
         splits = min(cdiv(2 * PROCESSORS, cdiv(rank, block_rows)), 5)
@@ -156,22 +172,22 @@ def launch_select(
             source, down, inner, rank, width,
             TOKENS=tokens, DIGITS=digits, NIBBLES=nibbles, WORDS=width // shape.per_word,
             BLOCK_R=shape.block_rows, BLOCK_S=shape.block,
-            BLOCKS=shape.chunk // (shape.per_word * shape.block), num_warps=4,
+            BLOCKS=shape.chunk // (shape.per_word * shape.block), EARLY=False, num_warps=4,
         )  # fmt: skip
         words = rank // shape.per_word
         kernels[1][counts.shape](
             inner, up, bias, local, counts, n, rank,
             TOKENS=tokens, SPLITS=shape.splits, DIGITS=digits, NIBBLES=nibbles, SEGMENT=SEGMENT,
-            WORDS=words, BLOCK_R=min(128, power_of_2(words)), num_warps=4,
+            WORDS=words, BLOCK_R=min(128, power_of_2(words)), EARLY=False, num_warps=4,
         )  # fmt: skip
     else:
         kernels[0][grid](
             source, down, inner, rank, width, shape.chunk,
-            TOKENS=tokens, BLOCK_R=shape.block_rows, BLOCK_S=shape.block, num_warps=4,
+            TOKENS=tokens, BLOCK_R=shape.block_rows, BLOCK_S=shape.block, EARLY=False, num_warps=4,
         )  # fmt: skip
         kernels[1][counts.shape](
             inner, up, bias, local, counts, n, rank, TOKENS=tokens, SPLITS=shape.splits,
-            SEGMENT=SEGMENT, BLOCK_R=min(256, power_of_2(rank)), num_warps=4,
+            SEGMENT=SEGMENT, BLOCK_R=min(256, power_of_2(rank)), EARLY=False, num_warps=4,
         )  # fmt: skip
     index, count = scatter(kernels[2], local, counts, n)
     return index, count, inner, local, counts

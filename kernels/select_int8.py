@@ -18,7 +18,7 @@ import os
 import torch
 from torch import Tensor
 
-from ._triton import jit, tl
+from ._triton import jit, start_next, tl, wait_for_previous
 from .nibbles import is_packed
 from .selection import list_segment
 
@@ -136,22 +136,30 @@ def _every_fourth(x_ptr, at, inside):
 def inner_int8_kernel(
     source_ptr, down_ptr, inner_ptr, rank, width,
     TOKENS: tl.constexpr, DIGITS: tl.constexpr, NIBBLES: tl.constexpr,
-    WORDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, BLOCKS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid (rank blocks, splits): one part of `down @ source`, over BLOCKS blocks of BLOCK_S words.
+    """Grid (rank blocks, splits): one part of `down @ source`, over BLOCKS blocks of BLOCK_S words, of which the first is asked
+    for before it waits for the kernel before.
 
     WORDS, of a row, is known to the compiler: a width is to it a multiple of 16 at best, which leaves rows of
-    nibbles on any 8 bytes, too little for whole vectors.
+    nibbles on any 8 bytes, too little for whole vectors. Every fourth element is stored beside each other, as they are read.
     """
+    start_next(EARLY)
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     split = tl.program_id(1)
     base = down_ptr.to(tl.pointer_type(tl.int32)) + row[:, None].to(tl.int64) * WORDS
+    first = split * BLOCKS * BLOCK_S + tl.arange(0, BLOCK_S)
+    live = row[:, None] < rank
+    begun = tl.load(base + first[None, :], mask=live & (first < WORDS)[None, :], other=0)
+    wait_for_previous(EARLY)
     for token in tl.static_range(TOKENS):
         total = tl.zeros([BLOCK_R], dtype=tl.float32)
         for block in tl.static_range(BLOCKS):
-            at = (split * BLOCKS + block) * BLOCK_S + tl.arange(0, BLOCK_S)
+            at = first + block * BLOCK_S
             inside = at < WORDS
-            w = tl.load(base + at[None, :], mask=(row[:, None] < rank) & inside[None, :], other=0)
+            w = begun
+            if block > 0:
+                w = tl.load(base + at[None, :], mask=live & inside[None, :], other=0)
             x_ptr = source_ptr + token * width
             x0, x1, x2, x3 = _every_fourth(x_ptr, at, inside)
             if NIBBLES:
@@ -159,16 +167,26 @@ def inner_int8_kernel(
                 total += _product_of_nibbles(w, x0, x1, x2, x3, y0, y1, y2, y3, DIGITS)
             else:
                 total += _product(w, x0, x1, x2, x3, DIGITS)
-        tl.store(inner_ptr + (split * TOKENS + token) * rank + row, total, mask=row < rank)
+        place = row % 4 * (rank // 4) + row // 4
+        tl.store(inner_ptr + (split * TOKENS + token) * rank + place, total, mask=row < rank)
 
 
 @jit
-def _inner(inner_ptr, token, at, inside, rank, TOKENS: tl.constexpr, SPLITS: tl.constexpr):
-    """Elements 4 at .. 4 at + 3 of `down @ source`, from its parts."""
-    z0, z1, z2, z3 = _every_fourth(inner_ptr + token * rank, at, inside)
+def _inner(
+    inner_ptr, token, at, inside, TOKENS: tl.constexpr, SPLITS: tl.constexpr, QUARTER: tl.constexpr
+):
+    """Elements 4 at .. 4 at + 3 of `down @ source`, from its parts; QUARTER of them lie beside each other."""
+    first = inner_ptr + token * 4 * QUARTER + at
+    z0 = tl.load(first, mask=inside, other=0.0)
+    z1 = tl.load(first + QUARTER, mask=inside, other=0.0)
+    z2 = tl.load(first + 2 * QUARTER, mask=inside, other=0.0)
+    z3 = tl.load(first + 3 * QUARTER, mask=inside, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        p0, p1, p2, p3 = _every_fourth(inner_ptr + (split * TOKENS + token) * rank, at, inside)
-        z0, z1, z2, z3 = z0 + p0, z1 + p1, z2 + p2, z3 + p3
+        part = first + split * TOKENS * 4 * QUARTER
+        z0 += tl.load(part, mask=inside, other=0.0)
+        z1 += tl.load(part + QUARTER, mask=inside, other=0.0)
+        z2 += tl.load(part + 2 * QUARTER, mask=inside, other=0.0)
+        z3 += tl.load(part + 3 * QUARTER, mask=inside, other=0.0)
     return z0, z1, z2, z3
 
 
@@ -176,13 +194,22 @@ def _inner(inner_ptr, token, at, inside, rank, TOKENS: tl.constexpr, SPLITS: tl.
 def score_int8_kernel(
     inner_ptr, up_ptr, bias_ptr, local_ptr, counts_ptr, n, rank,
     TOKENS: tl.constexpr, SPLITS: tl.constexpr, DIGITS: tl.constexpr, NIBBLES: tl.constexpr,
-    SEGMENT: tl.constexpr, WORDS: tl.constexpr, BLOCK_R: tl.constexpr,
+    SEGMENT: tl.constexpr, WORDS: tl.constexpr, BLOCK_R: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Grid: one program a segment of units: their scores, and the list of those above zero."""
+    """Grid: one program a segment of units: their scores, and the list of those above zero.
+
+    The weights of the first BLOCK_R words are asked for before it waits for the kernel before.
+    """
+    start_next(EARLY)
+    QUARTER: tl.constexpr = 2 * WORDS if NIBBLES else WORDS
     segment = tl.program_id(0)
     unit = segment * SEGMENT + tl.arange(0, SEGMENT)
     base = up_ptr.to(tl.pointer_type(tl.int32)) + unit[:, None].to(tl.int64) * WORDS
     bias = tl.load(bias_ptr + unit, mask=unit < n, other=0.0)
+    # Loads are here, in no function: the list's places depend on them, see `_compact_kernel`.
+    first, live = tl.arange(0, BLOCK_R), unit[:, None] < n
+    begun = tl.load(base + first[None, :], mask=live & (first < WORDS)[None, :], other=0)
+    wait_for_previous(EARLY)
     keep = tl.zeros([SEGMENT], dtype=tl.int32)
     for token in tl.static_range(TOKENS):
         score = bias
@@ -190,11 +217,14 @@ def score_int8_kernel(
         for start in tl.static_range(0, WORDS, BLOCK_R):
             at = start + tl.arange(0, BLOCK_R)
             inside = at < WORDS
-            w = tl.load(base + at[None, :], mask=(unit[:, None] < n) & inside[None, :], other=0)
-            z0, z1, z2, z3 = _inner(inner_ptr, token, at, inside, rank, TOKENS, SPLITS)
+            w = begun
+            if start > 0:
+                w = tl.load(base + at[None, :], mask=live & inside[None, :], other=0)
+            z0, z1, z2, z3 = _inner(inner_ptr, token, at, inside, TOKENS, SPLITS, QUARTER)
             if NIBBLES:
-                far_ptr = inner_ptr + 4 * WORDS
-                y0, y1, y2, y3 = _inner(far_ptr, token, at, inside, rank, TOKENS, SPLITS)
+                y0, y1, y2, y3 = _inner(
+                    inner_ptr, token, WORDS + at, inside, TOKENS, SPLITS, QUARTER
+                )
                 score += _product_of_nibbles(w, z0, z1, z2, z3, y0, y1, y2, y3, DIGITS)
             else:
                 score += _product(w, z0, z1, z2, z3, DIGITS)

@@ -78,7 +78,7 @@ def _weights_read_early(node: fx.Node, mode: int) -> list[fx.Node]:
         return [node.args[1]] if mode & ROWS_START else []
     if node.target in {ops.gathered_sum.default, ops.head_sum.default}:
         return [node.args[1]]
-    if node.target is ops.sketch_score.default:
+    if node.target in {ops.sketch_score.default, ops.select.default}:
         return node.args[1:4]
     if node.target is ops.compact.default:
         return [scale for scale in node.args[2:] if scale is not None]

@@ -49,10 +49,10 @@ def _hoist(node: fx.Node) -> None:
         next(n for n in node.graph.nodes if n.op != "placeholder").prepend(node)
 
 
-def _on_side_stream(emit: Emitter, select: fx.Node, ticket: int) -> None:
+def _on_side_stream(emit: Emitter, select: fx.Node, ticket: int, early: bool) -> None:
     """Replace a `select` by begin where it stands and join before its first reader."""
     with emit.before(select):
-        begun = emit.call(ops.select_begin.default, *select.args, ticket)
+        begun = emit.call(ops.select_begin.default, *select.args, ticket, early)
         parts = [emit.call(operator.getitem, begun, i) for i in range(len(begun.meta["val"]))]
     picks = {user.args[1]: user for user in select.users}
     first = min(min(pick.users) for pick in picks.values())
@@ -65,8 +65,11 @@ def _on_side_stream(emit: Emitter, select: fx.Node, ticket: int) -> None:
     select.graph.erase_node(select)
 
 
-def schedule(gm: fx.GraphModule, selects: tuple[fx.Node, ...], issue: Issue) -> Scheduled:
-    """Hoist `selects` (see `rewrite`) to their sources, in place."""
+def schedule(
+    gm: fx.GraphModule, selects: tuple[fx.Node, ...], issue: Issue, early: bool = False
+) -> Scheduled:
+    """Hoist `selects` (see `rewrite`) to their sources, in place. `early`: on a side stream their first two launches overlap,
+    which the device has to know (`_compat.has_early_launch`)."""
     emit = Emitter(gm)
     for select in selects:
         _hoist(select)
@@ -79,7 +82,7 @@ def schedule(gm: fx.GraphModule, selects: tuple[fx.Node, ...], issue: Issue) -> 
     )
     if issue is Issue.SIDE_STREAM:
         for ticket, select in enumerate(selects):
-            _on_side_stream(emit, select, ticket)
+            _on_side_stream(emit, select, ticket, early)
     if selects:
         gm.graph.lint()
         gm.recompile()

@@ -68,6 +68,21 @@ def test_both_right_gives_a_ratio(peers):
     assert json.loads(json.dumps(row.to_dict()))["ratio"] == row.ratio
 
 
+def test_sides_are_timed_in_turns_of_which_the_middle_one_counts(peers, monkeypatch):
+    times = iter([(9.0, 9.0), (1.0, 6.0), (3.0, 4.0), (2.0, 5.0)])
+    order, pending = [], []
+
+    def layer_us(run, layers):
+        pending[:] = pending or list(next(times))
+        order.append(run(0).sum().item())
+        return pending.pop(0), "CPU"
+
+    monkeypatch.setitem(peers.compare.__globals__, "layer_us", layer_us)
+    row = peers.compare(case(peers, lambda x: 2 * x))
+    assert (row.ours.us, row.theirs.us) == (2.0, 5.0)
+    assert len(order) == 8
+
+
 def test_a_failing_peer_is_a_row_beside_our_time(peers):
     def theirs(x):
         raise ValueError("no such kernel\nand a long story")

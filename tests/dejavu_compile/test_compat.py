@@ -136,17 +136,18 @@ def test_torch_is_left_as_it_was():
 
 
 @pytest.mark.parametrize(
-    "rows, width, kept, fixed",
+    "rows, width, kept, warps",
     [
-        (1, 4096, True, False),
-        (1, 9216, True, True),
-        (1, 16384, True, True),
-        (1, 16385, False, False),
-        (8, 4096, False, False),
-        (8, 9216, False, False),
+        (1, 2048, True, None),
+        (1, 4096, True, 32),
+        (1, 9216, True, 16),
+        (1, 16384, True, 16),
+        (1, 16385, False, None),
+        (8, 4096, False, None),
+        (8, 9216, False, None),
     ],
 )
-def test_only_a_lone_short_row_is_kept_in_registers(rows, width, kept, fixed):
+def test_only_a_lone_short_row_is_kept_in_registers(rows, width, kept, warps):
     seen = []
 
     class Usual(InductorChoices):
@@ -163,18 +164,19 @@ def test_only_a_lone_short_row_is_kept_in_registers(rows, width, kept, fixed):
         assert kwargs.pop("features") is features
         config = kwargs.pop("fixed_config", None)
         assert not kwargs
-        return V.choices.should_use_persistent_reduction(features, False), config is not None
+        persistent = V.choices.should_use_persistent_reduction(features, False)
+        return persistent, config and config["num_warps"]
 
     with V.set_choices_handler(Usual()), V.set_graph_handler(graph):
         before = V.choices
         with _compat.norms_in_one_step():
-            assert asked() == (kept, fixed)
+            assert asked() == (kept, warps)
             for other in (
                 {"triton.persistent_reductions": False},
                 {"triton.cooperative_reductions": True},
                 {"triton.multi_kernel": 1},
             ):
                 with _compat.inductor_config.patch(other):
-                    assert asked() == (False, False)
+                    assert asked() == (False, None)
         assert V.choices is before
     assert seen == [features] * 4

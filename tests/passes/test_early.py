@@ -57,6 +57,16 @@ def test_a_computed_weight_may_not():
     assert "the graph computes" in reason_for(nn.Linear(32, 24), double)
 
 
+def test_a_computed_predictor_may_not():
+    def predict(emit, node):
+        x, (weight, *_) = node.args[:2]
+        with emit.before(node):
+            doubled = emit.call(torch.ops.aten.mul.Tensor, weight, 2)
+            emit.call(ops.select.default, x, doubled, weight, weight)
+
+    assert "select_default reads mul" in reason_for(nn.Linear(32, 24), predict)
+
+
 def test_a_weight_that_is_written_may_not():
     def write(emit, node):
         with emit.before(node):

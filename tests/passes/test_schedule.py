@@ -68,6 +68,20 @@ def test_side_stream_joins_before_the_first_reader():
     assert join.args[3] is begin.args[0]
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_the_side_stream_is_told_whether_its_launches_overlap(early):
+    def run(gm):
+        one, two = find_sites(gm).sites
+        done = rewrite(gm, (models.forced(two, KEEP, source=one.input),))
+        return schedule(gm, done.selects, Issue.SIDE_STREAM, early)
+
+    _, recorder = models.record(models.Decoder(), models.tokens(), passes=(run,))
+    (begin,) = recorder.gm.graph.find_nodes(
+        op="call_function", target=torch.ops.dejavu.select_begin.default
+    )
+    assert begin.args[5] is early
+
+
 def test_source_that_is_an_input_of_the_graph():
     for issue in Issue:
         model, x = models.Plain(), models.tokens()
