@@ -7,7 +7,8 @@ Random weights; predictors of the real byte size (5 % of an MLP) that select a f
 neurons, and of the heads where asked for, of every layer but the first: at batch above 1 other heads for each
 sequence. A time counts only after the same step's logits matched an oracle, the eager model with everything else
 zeroed: in fp32 where that fits on the GPU beside the model, and then a row may be off by half more than the eager
-model is in its own dtype, or by the tolerance. Static cache, full; the KV length is the cache's. Bytes are weights and
+model is in its own dtype, or by the tolerance. At batch 1 the step before selects other neurons: who reads the last
+step's lists doesn't match. Static cache, full; the KV length is the cache's. Bytes are weights and
 cache read, predictors included; the floor is those bytes at the device's copy bandwidth. Variant `lossless` has nothing
 attached, `given` has the selections of MLPs without their predictors, so that what these take is its difference to `auto`,
 `mlps` leaves attention dense, `gate` selects neurons by their activated gates instead of
@@ -22,6 +23,7 @@ import argparse
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from dejavu_compile.random_selections import (
     attach_per_sequence,
     attach_random_predictors,
     attach_random_sketches,
+    the_other_units,
 )
 from dejavu_compile.shapes import SHAPES, build, cache_bytes, in_float32, mlps, weight_bytes
 
@@ -64,7 +67,7 @@ def run(
         """One row: `density` and `heads` are the shares that run, None where all do."""
         row = measure(
             model, provider, length, args.repeats, reference.oracle.logits, batch, args.breakdown,
-            reference.oracle.shares if args.breakdown else None, **how,
+            reference.oracle.shares if args.breakdown else None, partial(the_other_units, model), **how,
         )  # fmt: skip
         row |= {"tolerance": reference.tolerance, "density": density, "head_density": heads}
         if reference.eager_error is not None:

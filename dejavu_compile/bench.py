@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,14 @@ def measure(
     batch: int = 1,
     breakdown: bool = False,
     shares: dict[int, Share] | None = None,
+    otherwise: Callable[[], AbstractContextManager[None]] = nullcontext,
     **compile_args: Any,
 ) -> dict[str, Any]:
     """Compile, check against the oracle, time, and count recompiles and skipped CUDA graphs.
 
-    `breakdown`: also what the compiled graph must read, given the oracle's `shares`, the plan's decisions, and on a GPU
-    the time by kernel.
+    `otherwise`: a context in which the step before the checked one runs, with other selections: what reads the last step's is
+    wrong then. `breakdown`: also what the compiled graph must read, given the oracle's `shares`, the plan's decisions, and on
+    a GPU the time by kernel.
     """
     torch.compiler.reset()
     gc.collect()
@@ -101,8 +104,13 @@ def measure(
     step = DecodeStep(model, torch.compile(model.forward, **compile_args), length, batch)
     for _ in range(4):
         step.reset()
-        logits = step().float().clone()
+        step()
         step()  # a cache that counts in Python has its second graph here
+    with otherwise():
+        step.reset()
+        step()
+    step.reset()
+    logits = step().float().clone()
     compile_s = time.monotonic() - started
     error = ((logits - expected).norm() / expected.norm()).item()
     before = compile_counters()

@@ -1,7 +1,8 @@
 """Predictors and thresholds of real size that select known random units of a model with random weights."""
 
 import weakref
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -120,6 +121,20 @@ def attach_per_sequence(
                        source=weakref.ref(before.out), lookahead=1),
         )  # fmt: skip
     return kept
+
+
+@contextmanager
+def the_other_units(model: nn.Module) -> Iterator[None]:
+    """Meanwhile MLPs with random predictors run the units that these don't select, in graphs that are compiled already too."""
+    predictors = [a.predictor for part in mlps(model) if (a := attached(part.out)) is not None]
+    biases = [predictor.bias for predictor in predictors if predictor is not None]
+    for bias in biases:
+        bias.neg_()
+    try:
+        yield
+    finally:
+        for bias in biases:
+            bias.neg_()
 
 
 def claim_density(model: nn.Module, density: float) -> None:

@@ -1,5 +1,8 @@
 """What the benchmarks attach does what their oracle says, and the bytes that they report are those."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from tiny import tiny
@@ -8,6 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma3nTextConfig, LlamaConfig
 from dejavu_compile import bench, decode_step, detach, random_selections, shapes
 from dejavu_compile._compat import compile_counters
 from dejavu_compile.attachments import attached, make_unit_major
+from dejavu_compile.backend import dejavu_eager
 from dejavu_compile.errors import OptionError
 
 LENGTH, LAYERS, WIDTH, UNITS = 128, 3, 128, 512
@@ -46,6 +50,44 @@ def test_random_predictors_select_what_the_oracle_keeps(model, batch, prepared):
     kept = random_selections.attach_random_predictors(model, 0.1, head_density=0.5)
     assert len(kept) == 2 * (LAYERS - 1)
     attach_and_compare(model, kept, batch, prepared)
+
+
+@torch.no_grad()
+def test_a_compiled_step_runs_the_other_units_for_a_while(model):
+    random_selections.attach_random_predictors(model, 0.1)
+    forward = torch.compile(model.forward, backend="dejavu_eager", options={"dejavu.exact": False})
+    step = decode_step.DecodeStep(model, forward, LENGTH, 1)
+
+    def logits():
+        step.reset()
+        return step().clone()
+
+    before = logits()
+    with random_selections.the_other_units(model):
+        assert (logits() - before).abs().max() > 1e-3 * before.abs().max()
+    assert torch.equal(logits(), before)
+
+
+@torch.no_grad()
+def test_a_program_that_runs_the_last_steps_units_fails_the_check(model):
+    kept = random_selections.attach_random_predictors(model, 0.1)
+    want = decode_step.oracle_logits(model, kept, LENGTH, 1)
+    before = []
+
+    def a_step_late(gm, example_inputs):
+        run = dejavu_eager(gm, example_inputs, options={"dejavu.exact": False})
+
+        def late(*args):
+            before.append(run(*args))
+            return before[-2] if len(before) > 1 else before[-1]
+
+        return late
+
+    settled, unsettled = (
+        bench.measure(model, "late", LENGTH, 2, want, 1, otherwise=otherwise, backend=a_step_late)
+        for otherwise in (nullcontext, partial(random_selections.the_other_units, model))
+    )
+    assert unsettled["error"] > 10 * settled["error"]
 
 
 @torch.no_grad()
