@@ -122,12 +122,14 @@ def _shape(source: Tensor, down: Tensor, up: Tensor) -> _Shape:
     if fits(source, down, up):
         # A block's digits are made once for all its rows: of nibbles, twice as many rows have the bytes of int8.
         per_word, block_rows = (8, 16) if is_packed(down) else (4, 8)
-        longest = 1024 if width <= 4096 else 4096 if width % 4096 == 0 else 2048
-        block = min(longest, power_of_2(width)) // per_word
+        block = min(2048 if width > 4096 else 1024, power_of_2(width)) // per_word
         # Every program of the second launch adds the splits up: no more than fill the chip twice.
         blocks = cdiv(width, per_word * block)
         splits = min(cdiv(2 * PROCESSORS, cdiv(rank, block_rows)), 5)
-        chunk = per_word * block * cdiv(blocks, splits)
+        each = cdiv(blocks, splits)
+        if each % 2 == 0:  # one long block, all of it asked for early, instead of two
+            block, each = 2 * block, each // 2
+        chunk = per_word * block * each
         return _Shape(per_word, block_rows, block, chunk, cdiv(width, chunk))
     block = min(2048, power_of_2(width))
     splits = max(1, min(cdiv(4 * PROCESSORS, cdiv(rank, 2)), cdiv(width, 2048), 8))

@@ -8,6 +8,7 @@ So before it waits a kernel may read
     weights that nothing in the graph writes
     a selection, or scores, once a kernel that waits first depends on them:  select -> rows -> sum
     a selection of the side stream, once the join has waited for it:  begin, ..., join -> rows -> sum
+    (in a CUDA graph that is an edge to the rows, so the launch that makes the list lets nothing start before its end)
 
 Sums by unit always wait first. Gathered rows do unless their selections are of the side stream; GEMVs that skip rows of heads, and
 attention that skips heads, where nothing else comes between scores and their last reader.
