@@ -124,7 +124,7 @@ def cases(w: Layers) -> dict[str, tuple[Callable[[int], Any], float]]:
 
     overlaps = has_early_launch(w.x.device)
     begun_before: list[Sequence[torch.Tensor]] = []
-    # As a compiled step launches them; predictors on a side stream too, but for their first launch.
+    # As a compiled step launches them in line; of a predictor on a side stream only the second launch is early.
     early = tuple(map(in_a_step, select)), in_a_step(_rows_kernel), in_a_step(_sum_kernel)
 
     def ahead(i: int) -> torch.Tensor:

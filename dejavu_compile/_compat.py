@@ -223,7 +223,7 @@ def _kind(value: Any) -> Hashable:
 
 ONE_STEP = 16384  # elements that a program holds
 EIGHT_WARPS = 2048  # of which so many are held well by the warps that Inductor gives it
-PARTS = 8192  # the longest rows that a norm may first have to add up, from parts that a sum left
+PARTS = 8192  # about as long are rows of which a norm first adds up the parts that a sum left: more warps read more at a time
 
 
 @contextmanager

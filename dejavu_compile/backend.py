@@ -122,8 +122,7 @@ def prepare(
         dump.graph("rewrite", gm)
         fuse(gm)
         dump.graph("fuse", gm)
-        early = options.pdl and has_early_launch(_device(example_inputs))
-        schedule(gm, rewritten.selects, _issue(options), early)
+        schedule(gm, rewritten.selects, _issue(options), _overlaps(options, example_inputs))
         dump.graph("schedule", gm)
     few_tokens = False
     if options.gemv and options.execution is ExecutionMode.AUTO:
@@ -146,7 +145,7 @@ def prepare(
     position = {node: i for i, node in enumerate(inputs)}
     relayout = tuple((position[r.weight], r) for r in plan.relayout if r.weight in position)
     early = 0
-    if few_tokens and options.pdl and has_early_launch(_device(example_inputs)):
+    if few_tokens and _overlaps(options, example_inputs):
         how = early_launch(gm.graph)
         early = how.mode
         if how.reason is not None:
@@ -173,6 +172,11 @@ def _device(example_inputs: Sequence[Any]) -> torch.device:
     """Where the graph runs."""
     tensors = (x for x in example_inputs if isinstance(x, torch.Tensor))
     return max((x.device for x in tensors), key=lambda device: device.type != "cpu")
+
+
+def _overlaps(options: Options, example_inputs: Sequence[Any]) -> bool:
+    """Whether kernels may be launched before those before them have ended: the device can, and the user lets it."""
+    return options.pdl and has_early_launch(_device(example_inputs))
 
 
 _warned_of_grad = False

@@ -172,21 +172,25 @@ def inner_int8_kernel(
 
 
 @jit
+def _from_each(first, inside, QUARTER: tl.constexpr):
+    """The elements at `first` and those that lie one, two and three QUARTERs further."""
+    z0 = tl.load(first, mask=inside, other=0.0)
+    z1 = tl.load(first + QUARTER, mask=inside, other=0.0)
+    z2 = tl.load(first + 2 * QUARTER, mask=inside, other=0.0)
+    z3 = tl.load(first + 3 * QUARTER, mask=inside, other=0.0)
+    return z0, z1, z2, z3
+
+
+@jit
 def _inner(
     inner_ptr, token, at, inside, TOKENS: tl.constexpr, SPLITS: tl.constexpr, QUARTER: tl.constexpr
 ):
     """Elements 4 at .. 4 at + 3 of `down @ source`, from its parts; QUARTER of them lie beside each other."""
     first = inner_ptr + token * 4 * QUARTER + at
-    z0 = tl.load(first, mask=inside, other=0.0)
-    z1 = tl.load(first + QUARTER, mask=inside, other=0.0)
-    z2 = tl.load(first + 2 * QUARTER, mask=inside, other=0.0)
-    z3 = tl.load(first + 3 * QUARTER, mask=inside, other=0.0)
+    z0, z1, z2, z3 = _from_each(first, inside, QUARTER)
     for split in tl.static_range(1, SPLITS):
-        part = first + split * TOKENS * 4 * QUARTER
-        z0 += tl.load(part, mask=inside, other=0.0)
-        z1 += tl.load(part + QUARTER, mask=inside, other=0.0)
-        z2 += tl.load(part + 2 * QUARTER, mask=inside, other=0.0)
-        z3 += tl.load(part + 3 * QUARTER, mask=inside, other=0.0)
+        p0, p1, p2, p3 = _from_each(first + split * TOKENS * 4 * QUARTER, inside, QUARTER)
+        z0, z1, z2, z3 = z0 + p0, z1 + p1, z2 + p2, z3 + p3
     return z0, z1, z2, z3
 
 
