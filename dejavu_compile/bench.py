@@ -33,10 +33,10 @@ def time_us(
     together: int = 1,
     prepare: Callable[[], Any] | None = None,
 ) -> dict[str, float]:
-    """p20, p50 and p80 of one call in microseconds; on CUDA by events around `together` calls in a row.
+    """p20, p50 and p80 of one call in microseconds; on CUDA by events around `together` calls in a row, behind one more.
 
-    Decoding queues one step behind the other, so the host's share shows only where it is the longer one.
-    `prepare` runs before each sample, outside its time.
+    Decoding queues one step behind the other, so the host's share shows only where it is the longer one: what the first
+    call of a sample waits for the host isn't counted. `prepare` runs before each sample, outside its time.
     """
     for _ in range(warmup):
         call()
@@ -47,6 +47,7 @@ def time_us(
         if torch.cuda.is_available():
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
+            call()  # the GPU is busy while the host gets ahead of it
             begin.record()
             for _ in range(together):
                 call()

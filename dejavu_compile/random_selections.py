@@ -148,13 +148,18 @@ def claim_density(model: nn.Module, density: float) -> None:
             attach(part.out, replace(attachment, density=density))
 
 
+GATE_PASSES = 1.0  # before the activation: SiLU and GELU of a negative gate stay below what they make of it
+GATE_CLEAR = 2.0  # on either side of it; gates of random weights spread by 1.3
+
+
 def attach_gates(model: nn.Module, density: float, length: int, batch: int = 1) -> list[Kept]:
     """Thresholds that this share of the units passes in a decode step, others for each sequence, in all layers with a
     plain gate.
 
     Random gates lie on both sides of any threshold, and near it rounding decides which units run. So the gates'
     weights are changed, in place, by what makes the gates of the first step clear: well below for units that don't run,
-    well above for the others. Gates of later steps lie around it like any.
+    well above for the others. The steps that are timed move away from the first, by what each leaves in the caches, and
+    still select the same share.
     """
     parts = [part for part in mlps(model) if part.act is not None]
     step = DecodeStep(model, model.forward, length, batch)
@@ -167,9 +172,9 @@ def attach_gates(model: nn.Module, density: float, length: int, batch: int = 1) 
         order = torch.rand(batch, weight.shape[0], generator=generator).argsort().argsort()
         runs = (order < round(density * weight.shape[0])).to(weight.device)
         gates = source @ weight.float().T
-        threshold = parts[number].act(gates).abs().flatten().quantile(1 - density).item()
-        thresholds.append(threshold)
-        wanted = torch.where(runs, gates.abs() + 2 * threshold + 0.5, -threshold)
+        thresholds.append(parts[number].act(gates.new_tensor(GATE_PASSES)).item())
+        wanted = gates.abs() + GATE_CLEAR
+        wanted = torch.where(runs, GATE_PASSES + wanted, GATE_PASSES - wanted)
         weight += (torch.linalg.pinv(source) @ (wanted - gates)).T.to(weight.dtype)
 
     handles = [

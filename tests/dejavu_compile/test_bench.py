@@ -137,6 +137,23 @@ def test_gates_select_what_the_oracle_keeps(model, batch, prepared):
     attach_and_compare(model, kept, batch, prepared)
 
 
+@torch.no_grad()
+def test_every_step_that_is_timed_selects_as_many_gates(model):
+    if shapes.mlps(model)[0].act is None:
+        pytest.skip("a model without gates")
+    shares = []
+    for one in random_selections.attach_gates(model, 0.5, LENGTH):
+        one.part.act.register_forward_hook(
+            lambda module, args, out, one=one: shares.append((out[:, -1].abs() > one.threshold).float().mean())
+        )  # fmt: skip
+    step = decode_step.DecodeStep(model, model.forward, LENGTH)
+    del shares[:]
+    for _ in range(bench.TOGETHER + 1):
+        step()
+    assert len(shares) == LAYERS * (bench.TOGETHER + 1)
+    assert all(abs(share - 0.5) < 0.01 for share in shares)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @torch.no_grad()
 def test_sketches_select_what_the_oracle_keeps(model, batch, prepared):
