@@ -193,6 +193,30 @@ def test_cache_bytes_of_shared_keys_count_a_group_once(model):
     assert shapes.cache_bytes(model, 100, 0.5) == pytest.approx(want, abs=1)
 
 
+def test_a_sample_on_a_gpu_begins_behind_one_more_call(monkeypatch):
+    happened = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            pass
+
+        def record(self):
+            happened.append("event")
+
+        def elapsed_time(self, end):
+            return 6.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("wait"))
+    times = bench.time_us(
+        lambda: happened.append("call"), 2, warmup=0, together=3, prepare=lambda: happened.append("prepare")
+    )  # fmt: skip
+    sample = ["prepare", "wait", "call", "event", "call", "call", "call", "event", "wait"]
+    assert happened == 2 * sample
+    assert times["p50"] == 2000.0
+
+
 @torch.no_grad()
 def test_measure_reports_errors_and_recompiles(model):
     before = compile_counters()["graphs"]
