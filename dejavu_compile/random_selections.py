@@ -148,7 +148,9 @@ def claim_density(model: nn.Module, density: float) -> None:
             attach(part.out, replace(attachment, density=density))
 
 
-GATE_PASSES = 1.0  # before the activation: SiLU and GELU of a negative gate stay below what they make of it
+GATE_PASSES = (
+    1.0  # before the activation: SiLU and GELU of a negative gate stay below what they make of it
+)
 GATE_CLEAR = 2.0  # on either side of it; gates of random weights spread by 1.3
 
 
