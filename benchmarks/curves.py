@@ -3,7 +3,7 @@
     python benchmarks/curves.py --shape opt-6.7b
     python benchmarks/curves.py --shape llama-3-8b --modes reduce-overhead max-autotune --curves density kv
 
-Random weights, few layers. Predictors of the real byte size (5 % of an MLP) select known random neurons and heads of every
+Random weights, few layers. Predictors of the real byte size (up to 5 % of an MLP) select known random neurons and heads of every
 layer but the first; shapes with gates take thresholds on them instead, in all layers, and attention stays dense.
 At batch above 1 each sequence selects its own: an MLP runs their union. `auto` is what the plan chooses for that
 artifact. At each batch what it didn't choose for the MLPs is timed too: `mlps dense` by the option dejavu.max_tokens,

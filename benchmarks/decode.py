@@ -3,7 +3,7 @@
     python benchmarks/decode.py --shape opt-6.7b --density 0.1 0.05 --head-density 0.5 0.2
     python benchmarks/decode.py --shape opt-66b --attention-only --layers 8 --head-density 0.5 --length 512 4096
 
-Random weights; predictors of the real byte size (5 % of an MLP) that select a fixed random share of the
+Random weights; predictors of the real byte size (up to 5 % of an MLP, rank at most 1,024) that select a fixed random share of the
 neurons, and of the heads where asked for, of every layer but the first: at batch above 1 other heads for each
 sequence. A time counts only after the same step's logits matched an oracle, the eager model with everything else
 zeroed: in fp32 where that fits on the GPU beside the model, and then a row may be off by half more than the eager

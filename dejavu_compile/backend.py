@@ -1,6 +1,6 @@
 """The backends `dejavu` and `dejavu_eager`: the pipeline, as one visible list.
 
-capture (Dynamo) -> normalize -> find sites -> plan -> rewrite -> schedule -> Inductor
+capture (Dynamo) -> normalize -> find sites -> plan -> rewrite -> fuse -> schedule -> gemv, attention, caches -> one buffer -> Inductor
 """
 
 import dataclasses

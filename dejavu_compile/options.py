@@ -36,7 +36,9 @@ class Options:
     issue: IssueMode = IssueMode.AUTO  # how predictors are issued on CUDA
     max_tokens: int = 4  # tokens a step up to which an MLP runs the union of the selections
     exact: bool = True  # skip units that the graph's own ReLU zeroes, also with no artifact
-    gemv: bool = True  # our ops for the projections (on a CPU, attention too) of a decode step that stay dense
+    gemv: bool = (
+        True  # our ops for the projections and the attention of a decode step that stay dense
+    )
     pdl: bool = (
         True  # programmatic dependent launch, within CUDA graphs on compute capability 9.0 and up
     )

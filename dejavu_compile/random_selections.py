@@ -1,4 +1,4 @@
-"""Predictors and thresholds of real size that select known random units of a model with random weights."""
+"""Predictors, thresholds and sketches of real size that select known random units of a model with random weights."""
 
 import weakref
 from collections.abc import Container, Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Two signed values of four bits in a byte: at equal bytes, a predictor of twice the rank. (docs/predictors.md)
+"""Two signed values of four bits in a byte: at equal bytes, a predictor of twice the rank; gates in a sketch. (docs/predictors.md)
 
 A row of w columns lies in w / 2 bytes. Byte i holds column i in its low bits and column i + w / 2 in its high
 bits, so that a kernel which reads bytes in order meets each half of a vector in order too. The dtype of a packed
