@@ -167,7 +167,7 @@ def _gemv_kernel(
     position = 0
     if KEY >= 0:
         # Nothing in the graph has written it yet, so it is read before the wait. Here, where torch sees that it is only read.
-        position = tl.load(position_ptr).to(tl.int64)
+        position = tl.load(position_ptr, cache_modifier=".cg").to(tl.int64)
         tl.device_assert((position >= 0) & (position < slots), "the cache has no such slot")
     if LOOP:
         blocks = (

@@ -73,10 +73,15 @@ def _waits_first(node: fx.Node, mode: int) -> bool:
 
 
 def _weights_read_early(node: fx.Node, mode: int) -> list[fx.Node]:
+    """Weights and biases."""
     if node.target in GEMVS:
-        return node.args[1]
+        return [*node.args[1], *(bias for bias in node.args[2] if bias is not None)]
     if node.target in ROWS:
-        return [node.args[1]] if mode & ROWS_START else []
+        read = {ops.gathered_rows.default: (1, 2), ops.gathered_glu.default: (1, 2, 4)}[
+            node.target
+        ]
+        found = [node.args[at] for at in read] if mode & ROWS_START else []
+        return [weight for weight in found if weight is not None]
     if node.target in {ops.gathered_sum.default, ops.head_sum.default}:
         return [node.args[1]]
     if node.target in {ops.sketch_score.default, ops.select.default}:
@@ -100,6 +105,9 @@ def _computed(graph: fx.Graph, mode: int, given: set[int | None]) -> str | None:
                 return (
                     f"{node.name} reads {weight.name}, a weight that the graph computes or writes"
                 )
+            value = weight.meta["val"]
+            if value.dim() == 1 and not value.is_contiguous():
+                return f"{node.name} reads {weight.name}, of which its launch makes a copy"
     return None
 
 

@@ -86,7 +86,7 @@ def find_heads(
     owned = []
     for node, rows in found.labels.items():
         projection = as_projection(node)
-        if projection is None or projection.input in written:
+        if projection is None or projection.operands & written:
             continue
         if (owner := _owned(projection, rows, units)) is not None:
             owned.append(owner)

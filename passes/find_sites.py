@@ -315,7 +315,7 @@ def _leaf(
     rows = _rows(node, dim)
     if rows is None or dim != len(shape_of(node)) - 1:
         return Leaf(LeafKind.DENSE, node, dim)
-    if rows.projection.node in outputs or rows.projection.input in in_place:
+    if rows.projection.node in outputs or rows.projection.operands & in_place:
         return Leaf(LeafKind.DENSE, node, dim)
     if not all(map(inside, node.users)):
         return Leaf(LeafKind.DENSE, node, dim)
@@ -402,6 +402,9 @@ def _site(
     `outputs` are the output projections of earlier sites: their rows can't be skipped a second time.
     """
     value = output.input.meta["val"]
+    changing = (output.operands - {output.input}) & in_place
+    if changing:
+        raise _NoSiteError(NoSite.NOT_SEPARABLE, f"{min(changing)} is written in place")
     region = _region(output, in_place)
     interior = tuple(sorted(region.interior))
     leaves = tuple(

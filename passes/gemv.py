@@ -175,7 +175,7 @@ def use_gemv(gm: fx.GraphModule, max_tokens: int = 1) -> Replaced:
         member = _owned(node)
         if member is None:
             projection = as_projection(node)
-            if projection is None or projection.input in in_place:
+            if projection is None or projection.operands & in_place:
                 continue
             if not _fits(projection, max_tokens):
                 continue

@@ -135,7 +135,7 @@ def _counter(position: fx.Node, gemv: fx.Node) -> fx.Node | None:
     # A kernel that is launched early reads it at once, and then it must be what `position` was made of.
     written_before = any(user < read_at for user in position.users if position in targets_of(user))
     fits = value.numel() == 1 and value.dtype is torch.int64 and not written_before
-    return position if fits else None
+    return position if fits and has_one_name(position) else None
 
 
 def _is_zero(node: fx.Node) -> bool:

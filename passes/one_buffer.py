@@ -7,7 +7,7 @@
 Inductor asks for exact strides of what a kernel of others reads. A value that is yet to be computed has none, so each
 argument gets a copy: a norm wrote one for each kernel behind it. `as_strided` needs memory, and so makes it one. It matters
 for more than time: a join keeps its predictor's source until the side stream has read it (`kernels/lookahead.py`), which it
-can only do for the buffer that the predictor was given.
+can only do for the buffer that the predictor was given. So a source that isn't such a value is copied into one.
 """
 
 from collections import defaultdict
@@ -18,6 +18,8 @@ from torch import fx
 from .emit import Emitter
 from .in_place import computes, written
 from .separable import IDENTITY, VIEWS, aten
+
+ops = torch.ops.dejavu
 
 
 def one_buffer(gm: fx.GraphModule) -> int:
@@ -43,11 +45,34 @@ def one_buffer(gm: fx.GraphModule) -> int:
                         aten.as_strided.default, base, list(read.shape), list(read.stride()), 0
                     )
             node.replace_input_with(value, by_shape[read.shape])
-    if shared:
+    copied = _copy_sources(emit)
+    if shared or copied:
         gm.graph.eliminate_dead_code()
         gm.graph.lint()
         gm.recompile()
-    return len(shared)
+    return len(shared) + copied
+
+
+def _copy_sources(emit: Emitter) -> int:
+    """Where a predictor on the side stream reads something else (a slice, what one of our kernels leaves), copy that; how many."""
+    begins = [n for n in emit.graph.nodes if n.target is ops.select_begin.default]
+    joins = {n.args[4]: n for n in emit.graph.nodes if n.target is ops.select_join.default}
+    found = [
+        n
+        for n in begins
+        if n.args[0].op != "placeholder" and n.args[0].target is not aten.as_strided.default
+    ]
+    for begin in found:
+        source, join = begin.args[0], joins[begin.args[4]]
+        with emit.before(begin):
+            copy = emit.call(aten.clone.default, source, memory_format=torch.contiguous_format)
+            value = copy.meta["val"]
+            copy = emit.call(
+                aten.as_strided.default, copy, list(value.shape), list(value.stride()), 0
+            )
+        begin.replace_input_with(source, copy)
+        join.replace_input_with(source, copy)
+    return len(found)
 
 
 def _is_ours(node: fx.Node) -> bool:
@@ -55,17 +80,22 @@ def _is_ours(node: fx.Node) -> bool:
 
 
 def _viewed(value: fx.Node) -> fx.Node:
-    """What `value` is another shape of."""
-    while value.target in VIEWS:
+    """What `value` is another shape of, or a cast that changes nothing."""
+    while value.target in VIEWS or (value.target in IDENTITY and not _is_cast(value)):
         value = value.args[0]
     return value
 
 
+def _is_cast(node: fx.Node) -> bool:
+    """An op that keeps its values makes new ones: it does only where it changes something."""
+    source = node.args[0].meta["val"]
+    return source.untyped_storage()._cdata != node.meta["val"].untyped_storage()._cdata
+
+
 def _is_fresh(node: fx.Node) -> bool:
     """Computed by Inductor's own code, into memory of its own."""
-    if node.target in IDENTITY:  # a cast makes a new value only where it changes something
-        source = node.args[0].meta["val"]
-        return source.untyped_storage()._cdata != node.meta["val"].untyped_storage()._cdata
+    if node.target in IDENTITY:
+        return _is_cast(node)
     return computes(node) and not _is_ours(node)
 
 

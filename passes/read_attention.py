@@ -16,7 +16,7 @@ from torch import fx
 import dejavu_compile.kernels  # noqa: F401  registers torch.ops.dejavu
 
 from .emit import Emitter
-from .in_place import targets_of
+from .in_place import targets_of, written
 from .separable import (
     ADD,
     DIVIDE,
@@ -91,7 +91,28 @@ def as_decode_attention(core: fx.Node) -> Attention | None:
         return None
     if found is None or len({n.meta["val"].dtype for n in (found.q, found.k, found.v)}) > 1:
         return None
-    return found
+    return found if _has_keys_of_its_own(found) else None
+
+
+def _has_keys_of_its_own(found: Attention) -> bool:
+    """Whether every sequence has keys and values, its heads share them evenly, and nothing makes more sequences or heads of them.
+
+    The op reads a cache by its query's number: of one that is broadcast it would read what lies behind.
+    """
+    q, k, v, end = (_lead(found, node) for node in (found.q, found.k, found.v, found.end))
+    if any(lead is None or not isinstance(lead[1], int) for lead in (q, k, v, end)):
+        return False
+    if not all(same_size(lead[:1], (found.batch,)) for lead in (q, k, v, end)):
+        return False
+    return q[1] == end[1] == found.heads and k[1] == v[1] and found.heads % k[1] == 0
+
+
+def _lead(found: Attention, node: fx.Node) -> tuple[int | torch.SymInt, ...] | None:
+    """The sequences and heads of a value of attention, also where they are one dim; None: that doesn't hold all of them."""
+    shape, both = shape_of(node), (found.batch, found.heads)
+    if len(shape) == 4:
+        return shape[:2]
+    return both if same_size(shape[:1], both) else None
 
 
 def _called(node: fx.Node) -> Attention | None:
@@ -341,6 +362,7 @@ def _take_scale(emit: Emitter, q: fx.Node) -> float:
     if (
         not isinstance(factor, int | float)
         or value.meta["val"].dtype is not node.meta["val"].dtype
+        or value in written(node.graph)  # it would be read later than it is now
     ):
         return 1.0
     emit.replace(node, value)

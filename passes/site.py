@@ -73,6 +73,11 @@ class Projection:
     name: str
 
     @property
+    def operands(self) -> frozenset[fx.Node]:
+        """What it reads: input, weight, and bias where there is one."""
+        return frozenset({self.input, self.weight, self.bias} - {None})
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of the weight that a dense evaluation reads."""
         return self.in_features * self.out_features * self.weight.meta["val"].element_size()

@@ -229,3 +229,64 @@ def test_others_are_left_alone(model, args):
     _, recorder, count = run(model, *args)
     assert count == 0
     assert models.listing(recorder.gm) == recorder.before
+
+
+class Product(nn.Module):
+    """Spelled out: the products broadcast as matrices do."""
+
+    def forward(self, q, k, v):
+        weights = torch.softmax(q @ k.transpose(-1, -2) * 0.25, dim=-1)
+        return weights @ v + 1
+
+
+@pytest.mark.parametrize("model", [Attention(), Product()], ids=["called", "spelled out"])
+@pytest.mark.parametrize(
+    ("queries", "keys", "values"),
+    [
+        ((3, 4), (1, 4), (1, 4)),  # one prompt's cache for three queries
+        ((1, 4), (3, 4), (3, 4)),
+        ((1, 1), (1, 4), (1, 4)),
+        ((2, 4), (2, 1), (2, 4)),
+        ((2, 4), (2, 4), (1, 4)),
+        ((2, 4), (1, 4), (2, 4)),
+    ],
+)
+def test_keys_that_are_broadcast_over_sequences_or_heads_are_left_alone(
+    model, queries, keys, values
+):
+    make = torch.Generator().manual_seed(1)
+    q = torch.randn(*queries, 1, 16, generator=make)
+    k, v = (torch.randn(*size, 20, 16, generator=make) for size in (keys, values))
+    got, _, count = run(model, q, k, v)
+    assert count == 0
+    torch.testing.assert_close(got, model(q, k, v))
+
+
+@pytest.mark.parametrize("model", [Attention(), Product()], ids=["called", "spelled out"])
+def test_one_head_of_keys_for_all_queries_is_replaced(model):
+    make = torch.Generator().manual_seed(1)
+    q = torch.randn(2, 4, 1, 16, generator=make)
+    k, v = torch.randn(2, 2, 1, 20, 16, generator=make)
+    got, _, count = run(model, q, k, v)
+    assert count == 1
+    exact = model(*(x.double() for x in (q, k, v)))
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_of_fewer_sequences_is_refused_by_the_op():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="keys and values for each"):
+        torch.ops.dejavu.decode_attention_cpu(q, k[:1], v[:1], None, 1.0, 0.0, None)
+
+
+def test_a_scaled_value_that_is_written_later_keeps_its_scale():
+    class Written(nn.Module):
+        def forward(self, q, k, v):
+            q = q + 0
+            scaled = q * 0.3
+            q.view(-1).mul_(2)
+            return F.scaled_dot_product_attention(scaled, k, v) + 1
+
+    got, _, count = run(Written(), *inputs())
+    assert count == 1
+    torch.testing.assert_close(got, Written()(*inputs()), rtol=1e-5, atol=1e-5)

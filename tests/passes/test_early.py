@@ -62,9 +62,42 @@ def test_a_computed_predictor_may_not():
         x, (weight, *_) = node.args[:2]
         with emit.before(node):
             doubled = emit.call(torch.ops.aten.mul.Tensor, weight, 2)
-            emit.call(ops.select.default, x, doubled, weight, weight)
+            up, bias = (emit.call(torch.ops.aten.zeros.default, size) for size in ([8, 24], [8]))
+            emit.call(ops.select.default, x, doubled, up, bias)
 
     assert "select_default reads mul" in reason_for(nn.Linear(32, 24), predict)
+
+
+@pytest.mark.parametrize(
+    ("spell", "reason"),
+    [
+        (lambda emit, bias: emit.call(torch.ops.aten.mul.Tensor, bias, 2), "the graph computes"),
+        (lambda emit, bias: emit.call(torch.ops.aten.as_strided.default, bias, [24], [0]), "makes a copy"),
+    ],
+    ids=["computed", "strided"],
+)  # fmt: skip
+def test_a_bias_is_read_early_like_a_weight(spell, reason):
+    def change(emit, node):
+        x, (weight,), (bias,), *rest = node.args
+        with emit.before(node):
+            node.args = (x, [weight], [spell(emit, bias)], *rest)
+
+    assert reason in reason_for(nn.Linear(32, 24), change)
+
+
+@pytest.mark.parametrize(
+    "name", ["opt", "gpt2"]
+)  # of which the rows and the projections have a bias
+@torch.no_grad()
+def test_biases_of_rows_are_read_early_like_weights(name):
+    graph = decode_step(name, "side_stream", density=0.5, policy="predict")
+    assert early_launch(graph).mode & ROWS_START
+    rows = calls(graph, ops.gathered_rows.default)[-1]
+    emit = Emitter(graph.owning_module)
+    with emit.before(rows):
+        doubled = emit.call(torch.ops.aten.mul.Tensor, rows.args[2], 2)
+    rows.args = (*rows.args[:2], doubled, *rows.args[3:])
+    assert not early_launch(graph).mode & ROWS_START
 
 
 def test_a_weight_that_is_written_may_not():

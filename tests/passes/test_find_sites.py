@@ -10,6 +10,7 @@ from strategies import EXACT, specs
 from torch import nn
 
 from dejavu_compile.passes.find_sites import find_sites
+from dejavu_compile.passes.in_place import targets_of
 from dejavu_compile.passes.normalize import normalize
 from dejavu_compile.passes.rewrite import rewrite
 from dejavu_compile.passes.site import Decision, Execution, NoSite, Policy, SiteKind
@@ -254,3 +255,28 @@ def test_carriers_silence_their_units(spec):
 
     got, _ = models.record(model, x, passes=(exact,))
     models.assert_near(models.first(got), models.first(models.oracle(model, x)))
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_a_weight_that_is_written_between_its_uses_is_in_no_site(index):
+    class Fast(nn.Module):
+        def forward(self, x, *weights):
+            gate, up, down = weights
+            hidden = torch.relu(x @ gate.T) * (x @ up.T)
+            weights[index].mul_(-3)
+            return hidden @ down.T
+
+    make = torch.Generator().manual_seed(0)
+    sizes = ((1, 16), (64, 16), (64, 16), (16, 64))
+    tensors = [torch.randn(size, generator=make) for size in sizes]
+    found, _ = models.sites_of(Fast(), *(t.clone() for t in tensors))
+    used = {projection.weight for site in found.sites for projection in site.projections}
+    used |= {site.output.weight for site in found.sites}
+    assert not any(targets_of(user) for weight in used for user in weight.users)
+    # As a whole, at the second step too, when columns lie together.
+    compiled = torch.compile(Fast(), backend="dejavu_eager")
+    given = [t.clone() for t in tensors]
+    expected = [t.clone() for t in tensors]
+    with torch.no_grad():
+        for _ in range(3):
+            models.assert_near(compiled(*given), Fast()(*expected), 1e-5)

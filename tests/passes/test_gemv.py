@@ -84,3 +84,20 @@ def test_small_columns_are_left_alone(monkeypatch):
     _, recorder, result = run(model, x)
     assert result.count == 0
     assert models.listing(recorder.gm) == recorder.before
+
+
+@pytest.mark.parametrize("what", ["weight", "bias"])
+def test_what_is_written_between_two_projections_is_read_when_it_was(what):
+    class Fast(nn.Module):
+        """Weights that change within a step."""
+
+        def forward(self, x, weight, bias):
+            y = torch.nn.functional.linear(x, weight, bias)
+            (weight if what == "weight" else bias)[0].add_(1.0)
+            return y + 2 * torch.nn.functional.linear(x, weight, bias)
+
+    make = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(size, generator=make) for size in ((1, 32), (24, 32), (24,)))
+    want = Fast()(x, weight.clone(), bias.clone())
+    got, _ = models.record(Fast(), x, weight, bias, passes=(use_gemv,))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -8,6 +8,7 @@ from torch import nn
 
 import dejavu_compile as dv
 from dejavu_compile.passes import gemv
+from dejavu_compile.passes.emit import Emitter
 from dejavu_compile.passes.gemv import use_gemv
 from dejavu_compile.passes.one_buffer import one_buffer
 
@@ -96,3 +97,50 @@ def test_a_predictors_source_is_the_buffer_that_its_site_and_its_join_read(issue
         assert [join.args[3] for join in calls(ops.select_join.default)] == sources
     # The site that is predicted from, where that is sparse too, reads the very same.
     assert calls(ops.gathered_rows.default)[0].args[0] is sources[1]
+
+
+def held(graph):
+    """Of each predictor on the side stream: what it reads, and what its join keeps."""
+    begins = graph.find_nodes(op="call_function", target=ops.select_begin.default)
+    joins = graph.find_nodes(op="call_function", target=ops.select_join.default)
+    kept = {join.args[4]: join.args[3] for join in joins}
+    return [(begin.args[0], kept[begin.args[4]]) for begin in begins]
+
+
+@torch.no_grad()
+def test_a_cast_that_changes_nothing_is_looked_through():
+    model = tiny("gemma2", layers=3)  # in fp32 its norms end in a type_as of what they are
+    dv.calibrate(model, texts(), density=0.5, policy="predict", progress=False)
+    found = held(decode_graph(model, issue="side_stream"))
+    assert len(found) == 2
+    for source, kept in found:
+        assert source is kept
+        assert source.target is aten.as_strided.default
+        assert source.args[0].target not in {aten.to.dtype, aten.clone.default}
+
+
+@pytest.mark.parametrize("change", ["slice", "written"])
+@torch.no_grad()
+def test_a_source_that_is_no_value_of_its_own_is_copied_for_the_side_stream(change):
+    model = tiny("opt", layers=3)
+    dv.calibrate(model, texts(), density=0.5, progress=False)
+    graph = decode_graph(model, issue="side_stream")
+    (source, _), *_ = held(graph)
+    begin = next(n for n in source.users if n.target is ops.select_begin.default)
+    join = next(n for n in source.users if n.target is ops.select_join.default)
+    emit = Emitter(graph.owning_module)
+    with emit.before(begin):
+        if change == "slice":
+            both = emit.call(aten.cat.default, [source, source])
+            other = emit.call(aten.slice.Tensor, both, 0, 1, 2)
+        else:
+            other = emit.call(aten.mul.Tensor, source, 1)
+            emit.call(aten.add_.Tensor, emit.call(aten.reshape.default, other, [-1]), 1)
+    for node in (begin, join):
+        node.replace_input_with(source, other)
+    one_buffer(graph.owning_module)
+    copied, kept = held(graph)[0]
+    assert copied is kept
+    assert copied.target is aten.as_strided.default
+    assert copied.args[0].target is aten.clone.default
+    assert copied.args[0].args[0] is other
