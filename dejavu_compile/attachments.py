@@ -25,13 +25,22 @@ FINGERPRINT_SAMPLES = 4096
 
 
 @dataclass(frozen=True, slots=True)
+class InputWeight:
+    """A weight, or bias, between a site's input and its units, as it was when it was calibrated."""
+
+    name: str
+    weight: weakref.ref
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
 class Attachment:
     """What calibration decided for one site.
 
     `source` is the output weight of the site whose input the predictor reads, `lookahead` layers
-    earlier: the one declared edge. `fingerprint` is that of the site's output weight. Of a gate, units run where
-    |gate| * sensitivity is above `threshold`; sensitivity [units] fp32 on the weight's device, None for ones. Of a
-    sketch, those whose score is.
+    earlier: the one declared edge. `fingerprint` is that of the site's output weight, `inputs` are its other weights;
+    none where they aren't known. Of a gate, units run where |gate| * sensitivity is above `threshold`; sensitivity
+    [units] fp32 on the weight's device, None for ones. Of a sketch, those whose score is.
     """
 
     policy: Policy
@@ -43,6 +52,7 @@ class Attachment:
     source: weakref.ref | None = None
     lookahead: int = 0
     sketch: SketchWeights | None = None
+    inputs: tuple[InputWeight, ...] = ()
 
     @property
     def selector_bytes(self) -> int:
@@ -99,13 +109,14 @@ def fingerprint(weight: torch.Tensor) -> str:
     """A digest of shape, dtype and evenly spaced elements, independent of strides and of the device.
 
     It reads FINGERPRINT_SAMPLES elements a row block, so that it costs nothing at compile time; another
-    checkpoint, a merge or a step of training changes it.
+    checkpoint, a merge or a step of training changes it. A vector is taken for a row.
     """
-    rows = max(1, min(weight.shape[0], FINGERPRINT_SAMPLES // 16))
-    columns = max(1, min(weight.shape[1], FINGERPRINT_SAMPLES // rows))
-    row_ids = torch.linspace(0, weight.shape[0] - 1, rows).long().to(weight.device)
-    column_ids = torch.linspace(0, weight.shape[1] - 1, columns).long().to(weight.device)
-    sample = weight.detach()[row_ids[:, None], column_ids[None, :]].float().cpu().contiguous()
+    matrix = weight.detach() if weight.dim() == 2 else weight.detach().reshape(1, -1)
+    rows = max(1, min(matrix.shape[0], FINGERPRINT_SAMPLES // 16))
+    columns = max(1, min(matrix.shape[1], FINGERPRINT_SAMPLES // rows))
+    row_ids = torch.linspace(0, matrix.shape[0] - 1, rows).long().to(weight.device)
+    column_ids = torch.linspace(0, matrix.shape[1] - 1, columns).long().to(weight.device)
+    sample = matrix[row_ids[:, None], column_ids[None, :]].float().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(weight.shape)} {weight.dtype}".encode())
     digest.update(sample.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -130,13 +141,32 @@ def is_unit_major(weight: torch.Tensor, contracted: int, *, produces_units: bool
     return weight.stride(contiguous_dim) == 1 or weight.shape[contiguous_dim] == 1
 
 
+def fixed_layout(weight: torch.Tensor) -> str | None:
+    """Why this tensor has to lie as it does, after "it ..."; None for a parameter that fills its memory.
+
+    Another layout is other memory: whoever else has the old one would no longer see what is written, and a
+    subclass keeps its values elsewhere.
+    """
+    if type(weight) is not nn.Parameter:
+        what = "a tensor" if type(weight) is torch.Tensor else f"of type {type(weight).__name__}"
+        return f"is {what}, no plain nn.Parameter"
+    storage = weight.untyped_storage()
+    if storage.nbytes() != weight.numel() * weight.element_size():
+        return "is a view of a part of its memory"
+    if not weight.is_cuda and weight.is_shared():  # on CUDA always true
+        return "has its memory in common with other processes"
+    return None
+
+
 def make_unit_major(weight: torch.Tensor, contracted: int, *, produces_units: bool) -> None:
     """Change the strides of a parameter in place: same values, shape and object, no second copy.
 
     One weight at a time is held twice while it is copied. `state_dict` and `save_pretrained` see the
-    same tensor as before. (design: "weights")
+    same tensor as before. A weight of `fixed_layout` is left as it is. (design: "weights")
     """
     if is_unit_major(weight, contracted, produces_units=produces_units):
+        return
+    if fixed_layout(weight) is not None:
         return
     with torch.no_grad():
         weight.data = weight.data.t().contiguous().t()

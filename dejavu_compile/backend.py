@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -49,17 +50,26 @@ from ._compat import (
     norms_in_one_step,
     unset_fake_temporarily,
 )
-from .attachments import guards_needed, make_unit_major, note_compiled
+from .attachments import attached, guards_needed, make_unit_major, note_compiled
 from .autotune import block_sizes, in_table
 from .dump import Dump
 from .errors import OptionError
 from .launches import Launch, launches_of
 from .options import ExecutionMode, IssueMode, Options, split_options
-from .plan import Plan, Relayout, make_plan
+from .plan import Plan, Relayout, check_fingerprint, make_plan
 
 log = logging.getLogger(__name__)
 
 Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """A weight of a site for which a graph has something attached built in: where it is among the inputs."""
+
+    position: int
+    name: str
+    fingerprint: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +78,7 @@ class Prepared:
 
     `few_tokens`: projections became GEMVs, as in a decode step. `early_launch`: the mode in which kernels
     may start while those before them still run, 0 for not at all. `launches`: those of our kernels whose block sizes can be chosen.
+    `watched`: the weights that must be as they were when they were calibrated.
     """
 
     found: Found
@@ -77,6 +88,7 @@ class Prepared:
     few_tokens: bool = False
     early_launch: int = 0
     launches: tuple[Launch, ...] = ()
+    watched: tuple[Watched, ...] = ()
 
 
 def _issue(options: Options) -> Issue:
@@ -151,7 +163,30 @@ def prepare(
         if how.reason is not None:
             log.info("kernels aren't launched early: %s", how.reason)
     launches = launches_of(gm.graph, _densities(plan)) if modified else ()
-    return Prepared(found, plan, relayout, modified, few_tokens, early, launches)
+    watched = _watched(plan, position, example_inputs)
+    return Prepared(found, plan, relayout, modified, few_tokens, early, launches, watched)
+
+
+def _watched(
+    plan: Plan, position: Mapping[fx.Node, int], example_inputs: Sequence[Any]
+) -> tuple[Watched, ...]:
+    """The weights of the sparse sites that have something attached, as far as their fingerprints are known."""
+    found = []
+    at = {id(example_inputs[i]): i for i in position.values()}
+    for decision in plan.decisions:
+        output = position.get(decision.site.output.weight)
+        if decision.policy is Policy.DENSE or output is None:
+            continue
+        attachment = attached(example_inputs[output])
+        if attachment is None:
+            continue
+        found.append(Watched(output, decision.site.name, attachment.fingerprint))
+        found += [
+            Watched(at[id(weight)], one.name, one.fingerprint)
+            for one in attachment.inputs
+            if (weight := one.weight()) is not None and id(weight) in at
+        ]
+    return tuple(dict.fromkeys(found))
 
 
 # Where the graph's own zeros decide, how many there are isn't known: a few percent in a trained ReLU decoder, half
@@ -199,27 +234,66 @@ def _needs_grad(example_inputs: Sequence[Any]) -> bool:
     return True
 
 
-def _relayout_after_first_call(compiled: Compiled, relayout: tuple) -> Compiled:
-    """Change the strides of the parameters that `exact` needs, once, after the first call.
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _relayout_after_call(compiled: Compiled, relayout: tuple) -> Compiled:
+    """Change the strides of the parameters that `exact` needs, after a call with them.
 
     Dynamo has just recorded them, so they can't change while the backend runs. Its guard then fails
-    once, and the second compile finds the columns contiguous. (facts: trap 17)
+    once, and the second compile finds the columns contiguous. (facts: trap 17) The next model of the class, or
+    layer, comes here once with its own parameters: Dynamo has one graph for all.
     """
     if not relayout:
         return compiled
     check_strides_every_call()
-    pending = list(relayout)
 
     def call(*args: Any) -> Any:
         result = compiled(*args)
-        while pending:
-            position, layout = pending.pop()
+        memory = Counter(_memory(a) for a in args if isinstance(a, torch.nn.Parameter))
+        for position, layout in relayout:
+            if memory[_memory(args[position])] > 1:
+                continue  # another parameter lies there too
             make_unit_major(
                 args[position], layout.contracted, produces_units=layout.produces_units
             )
         return result
 
     return call
+
+
+def _check_written(
+    compiled: Compiled, watched: tuple[Watched, ...], example_inputs: Sequence[Any]
+) -> Compiled:
+    """Raise ArtifactMismatchError before a step with weights that were written since calibration.
+
+    PyTorch counts what is written into a tensor, so that a step only compares numbers. Fingerprints are taken where
+    these changed: `load_state_dict` may have brought the same values.
+    """
+    # Inference tensors aren't counted
+    watched = tuple(w for w in watched if not example_inputs[w.position].is_inference())
+    if not watched:
+        return compiled
+    positions = [w.position for w in watched]
+    known = [example_inputs[position]._version for position in positions]
+
+    def call(*args: Any) -> Any:
+        nonlocal known
+        versions = [args[position]._version for position in positions]
+        if versions != known:
+            for site in watched:
+                check_fingerprint(site.name, args[site.position], site.fingerprint)
+            known = versions
+        return compiled(*args)
+
+    return call
+
+
+def _as_called(compiled: Compiled, prepared: Prepared, example_inputs: Sequence[Any]) -> Compiled:
+    """What Dynamo calls: `compiled`, and around it what depends on the arguments of a call."""
+    checked = _check_written(compiled, prepared.watched, example_inputs)
+    return _relayout_after_call(checked, prepared.relayout)
 
 
 class _CacheKey(CustomGraphPass):
@@ -311,7 +385,7 @@ def dejavu(
     norms = norms_in_one_step() if prepared.few_tokens else nullcontext()
     with kernels_analysed_once(), launching, norms, in_force(configs):
         compiled = compile_fx(gm, example_inputs, config_patches=patches or None)
-    return _relayout_after_first_call(compiled, prepared.relayout)
+    return _as_called(compiled, prepared, example_inputs)
 
 
 def dejavu_eager(
@@ -327,4 +401,4 @@ def dejavu_eager(
     if _needs_grad(example_inputs):
         return gm.forward
     prepared = prepare(gm, example_inputs, own)
-    return _relayout_after_first_call(gm.forward, prepared.relayout)
+    return _as_called(gm.forward, prepared, example_inputs)

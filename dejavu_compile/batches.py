@@ -35,13 +35,53 @@ def _vocabulary(model: nn.Module) -> int | None:
     return getattr(embeddings, "num_embeddings", None)
 
 
+def _holds_integers(tensor: torch.Tensor) -> bool:
+    dtype = tensor.dtype
+    return not (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    return repr(type(value))
+
+
+def _check_others(number: int, batch: Mapping[str, Any]) -> None:
+    """What goes with a batch's `input_ids` are tensors, and its mask says of each token whether it is padding."""
+    for key, value in batch.items():
+        if not isinstance(value, torch.Tensor):
+            raise CalibrationError(
+                f"batch {number} has a {key} that isn't a tensor",
+                found=_kind(value),
+                expected="tensors, which go to the model's forward as they are",
+                fix=f"leave {key} out",
+            )
+    mask, shape = batch.get("attention_mask"), tuple(batch["input_ids"].shape)
+    if mask is None:
+        return
+    if mask.shape != shape:
+        raise CalibrationError(
+            f"batch {number} has an attention_mask that doesn't say which tokens are padding",
+            found=f"shape {tuple(mask.shape)}",
+            expected=f"shape {shape}, that of input_ids: 1 for a token, 0 for padding",
+            fix="give the tokenizer's own mask; the causal one is the model's business",
+        )
+    if not mask.any():
+        raise CalibrationError(
+            f"batch {number} has no token that counts",
+            found="an attention_mask of zeros only",
+            expected="1 for a token, 0 for padding",
+            fix="leave out batches that are all padding",
+        )
+
+
 def check_batches(
     model: nn.Module, batches: Iterable[torch.Tensor | Mapping[str, torch.Tensor]]
 ) -> list[Batch]:
-    """The batches as dicts with `input_ids` [B, T] on the model's device.
+    """The batches as dicts with int64 `input_ids` [B, T] on the model's device.
 
-    Raises CalibrationError for no batches, a wrong type, fewer than two tokens, or ids that the model
-    has no embedding for.
+    Raises CalibrationError for no batches, a wrong type or shape, fewer than two tokens, only padding, or ids that
+    the model has no embedding for.
     """
     if isinstance(batches, torch.Tensor | Mapping):
         batches = [batches]
@@ -51,21 +91,30 @@ def check_batches(
     for number, batch in enumerate(batches):
         given = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
         ids = given.get("input_ids")
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.is_floating_point():
-            kind = (
-                f"{tuple(ids.shape)} {ids.dtype}"
-                if isinstance(ids, torch.Tensor)
-                else repr(type(ids))
-            )
+        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or not _holds_integers(ids):
             raise CalibrationError(
-                f"batch {number} has no usable input_ids", found=kind, expected="integers [B, T]"
+                f"batch {number} has no usable input_ids",
+                found=_kind(ids),
+                expected="integers [B, T]",
+                fix='tokenizer(texts, return_tensors="pt").input_ids',
+            )
+        # Embeddings take no other integers than these and int32, nor does int8 compare with every vocabulary.
+        ids = given["input_ids"] = ids.long()
+        if ids.shape[0] == 0:
+            raise CalibrationError(
+                f"batch {number} has no sequences",
+                found=f"input_ids of shape {tuple(ids.shape)}",
+                expected="at least one sequence",
+                fix="leave empty batches out",
             )
         if ids.shape[1] < 2:
             raise CalibrationError(
                 f"batch {number} is too short to measure a next token",
                 found=f"{ids.shape[1]} tokens a sequence",
                 expected="at least 2, better hundreds",
+                fix="longer sequences",
             )
+        _check_others(number, given)
         if vocabulary is not None and (ids.min() < 0 or ids.max() >= vocabulary):
             raise CalibrationError(
                 f"batch {number} has ids that the model has no embedding for",

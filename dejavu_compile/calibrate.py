@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 
 import torch
@@ -20,14 +21,25 @@ from torch import nn
 from dejavu_compile.passes.find_sites import layer_of
 from dejavu_compile.passes.site import Policy, SiteKind
 
+from ._compat import qualified_name
 from .allocate import allocations, quality, search
-from .artifact import THRESHOLDED, Calibration, SiteRecord, WeightLayout, attach_calibration
+from .artifact import (
+    THRESHOLDED,
+    Calibration,
+    SiteRecord,
+    WeightLayout,
+    WeightRecord,
+    attach_calibration,
+    check_densities,
+    is_number,
+    named_weights,
+)
 from .attachments import fingerprint, model_fingerprint
 from .batches import Batch, check_batches, check_model
 from .collect import Recording, collect
 from .errors import OptionError
 from .evaluate import compare, masked
-from .plan import gathered_layouts
+from .plan import gathered_layouts, input_weights
 from .predictors import (
     HELD_OUT,
     Predictor,
@@ -151,6 +163,18 @@ def _record(recording: Recording, policy: Policy, curve: ThresholdCurve) -> Site
         num_weights=site.bytes_dense // recording.weight.element_size(),
         fingerprint=fingerprint(recording.weight), curve=curve, layouts=layouts,
     )  # fmt: skip
+
+
+def _with_inputs(
+    record: SiteRecord, recording: Recording, weights: Mapping[str, torch.Tensor]
+) -> SiteRecord:
+    """The record with the model's other weights of the site; without any where one isn't the model's own."""
+    found = [qualified_name(node) for node in input_weights(recording.site)]
+    names = dict.fromkeys(recording.names.get(name, name) for name in found)
+    if not all(name in weights for name in names):
+        return record
+    inputs = tuple(WeightRecord(name, fingerprint(weights[name])) for name in names)
+    return dataclasses.replace(record, inputs=inputs)
 
 
 def _fit(
@@ -308,11 +332,11 @@ def alternatives(
     """
     ways = []
     for record, recording in zip(calibration.sites, recordings, strict=True):
-        ways.append([_lossless(recording)])
+        ways.append([dataclasses.replace(_lossless(recording), inputs=record.inputs)])
         if record.policy in THRESHOLDED:
             ways[-1].append(record)
         elif policy == "auto" and recording.site.gate is not None:
-            ways[-1].append(_gated(recording))
+            ways[-1].append(dataclasses.replace(_gated(recording), inputs=record.inputs))
     return ways
 
 
@@ -391,6 +415,8 @@ def fit(
         model, learn, max_tokens=MAX_TOKENS, progress=progress, kinds=kinds, store=store
     )
     records = _records(model, learn, recordings, policy, lookahead, seed, progress, store)
+    weights = named_weights(model)
+    records = [_with_inputs(*pair, weights) for pair in zip(records, recordings, strict=True)]
     calibration = Calibration(tuple(records), type(model).__name__, seed, _data_hash(learn))
     return calibration.at_density(1.0, head_density=1.0), recordings
 
@@ -468,18 +494,20 @@ def _check_options(
     policies = ("auto", *(str(p) for p in Policy))
     if policy not in policies:
         raise OptionError(f"unknown policy {policy!r}", expected=f"one of {', '.join(policies)}")
-    for name, asked in (("density", density), ("head_density", head_density)):
-        if asked is not None and not 0 < asked <= 1:
-            raise OptionError(
-                f"{name} is out of range", found=str(asked), expected=f"0 < {name} <= 1"
-            )
-    if not max_ppl_increase >= 0:  # NaN too
+    check_densities(density=density, head_density=head_density)
+    if not is_number(max_ppl_increase) or not max_ppl_increase >= 0:  # NaN too
         raise OptionError(
-            "max_ppl_increase is out of range", found=str(max_ppl_increase), expected="at least 0"
+            "max_ppl_increase is out of range",
+            found=repr(max_ppl_increase),
+            expected="a number, at least 0",
+            fix="0.01 allows one per cent",
         )
-    if lookahead < 1:
+    if not isinstance(lookahead, Integral) or isinstance(lookahead, bool) or lookahead < 1:
         raise OptionError(
-            "lookahead is out of range", found=str(lookahead), expected="at least 1 layer"
+            "lookahead is out of range",
+            found=repr(lookahead),
+            expected="a whole number of layers, at least 1",
+            fix="1 reads the layer before",
         )
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import fx
 
 from dejavu_compile.passes.glu import as_glu
-from dejavu_compile.passes.site import Decision, Execution, Found, Policy, Site
+from dejavu_compile.passes.site import Decision, Execution, Found, LeafKind, Policy, Site
 
-from .attachments import Attachment, attached, fingerprint, is_unit_major
+from ._compat import guard_identity, qualified_name
+from .attachments import Attachment, attached, fingerprint, fixed_layout, is_unit_major
 from .cost import SiteCost, cost_of
 from .errors import ArtifactMismatchError
 from .options import ExecutionMode, Options
@@ -84,15 +85,69 @@ def gathered_layouts(site: Site, policy: Policy) -> list[Relayout]:
     return [layout for layout in _layouts(site) if layout.weight not in whole]
 
 
-def _check_fingerprint(site: Site, attachment: Attachment, weight: torch.Tensor) -> None:
+def input_weights(site: Site) -> tuple[fx.Node, ...]:
+    """The parameters and buffers between a site's input and its units: weights of projections, biases, vectors."""
+    projections = [*site.projections, *(leaf.projection for leaf in site.leaves)]
+    read = [n for p in projections if p is not None for n in (p.weight, p.bias)]
+    read += [leaf.node for leaf in site.leaves if leaf.kind is LeafKind.VECTOR]
+    return tuple(dict.fromkeys(n for n in read if n is not None and qualified_name(n) is not None))
+
+
+def check_fingerprint(name: str, weight: torch.Tensor, expected: str) -> None:
+    """Raise ArtifactMismatchError unless a weight is as it was when it was calibrated."""
     found = fingerprint(weight)
-    if found != attachment.fingerprint:
+    if found != expected:
         raise ArtifactMismatchError(
-            f"the weights of {site.name} changed after calibration",
+            f"the weights of {name} changed after calibration",
             found=f"fingerprint {found}",
-            expected=f"fingerprint {attachment.fingerprint} (when it was calibrated)",
+            expected=f"fingerprint {expected} (when it was calibrated)",
             fix="calibrate again with dv.calibrate(model, batches), or dv.detach(model) to run lossless",
         )
+
+
+def _check_inputs(site: Site, attachment: Attachment, resolve: Resolve) -> None:
+    """The site's other weights are those that were calibrated; another model may share its output weight."""
+    if not attachment.inputs:
+        return
+    known = {id(w): one for one in attachment.inputs if (w := one.weight()) is not None}
+    nodes = input_weights(site)
+    for node in nodes:
+        # Else Dynamo would run this graph for a model that shares the output weight.
+        guard_identity(node)
+    for node in nodes:
+        if id(resolve(node)) not in known:
+            raise _StayDenseError(
+                f"its output weight was calibrated with another {qualified_name(node)}: that of a model which shares "
+                f"it, or one that was replaced; dv.calibrate(model, batches) for this one"
+            )
+    for node in nodes:
+        weight = resolve(node)
+        check_fingerprint(known[id(weight)].name, weight, known[id(weight)].fingerprint)
+
+
+def _check_selector(site: Site, attachment: Attachment) -> None:
+    """What selects units is of the site as it is in this graph."""
+    selectors = [
+        None if attachment.predictor is None else attachment.predictor.up,
+        None if attachment.sketch is None else attachment.sketch.up,
+        attachment.sensitivity,
+    ]
+    for rows in selectors:
+        if rows is not None and rows.shape[0] != site.units:
+            raise _StayDenseError(
+                f"it has {site.units} units here, what would select them is for {rows.shape[0]}"
+            )
+    carriers = {Policy.EXACT: site.exact, Policy.GATE: site.gate}
+    if carriers.get(attachment.policy, site) is None:
+        raise _StayDenseError(f"nothing in it is what policy {attachment.policy} goes by here")
+    if attachment.policy is Policy.PREDICT and attachment.predictor is None:
+        raise _StayDenseError("no predictor is attached")
+    if attachment.policy is Policy.SKETCH:
+        if as_glu(site) is None or attachment.sketch is None:
+            raise _StayDenseError("it isn't a gated pair here, of which its sketch is")
+        width, expected = site.input.meta["val"].shape[-1], 2 * attachment.sketch.gate.shape[1]
+        if width != expected:
+            raise _StayDenseError(f"its input is {width} wide here, its sketch {expected}")
 
 
 def _source(attachment: Attachment, site: Site, sites: SitesByWeight) -> fx.Node:
@@ -176,11 +231,11 @@ def _decide(
         source = None
         if attachment is not None:
             density = attachment.density
-            _check_fingerprint(site, attachment, weight)
+            check_fingerprint(site.name, weight, attachment.fingerprint)
+            _check_inputs(site, attachment, resolve)
+            _check_selector(site, attachment)
             if policy is Policy.PREDICT:
                 source = _source(attachment, site, sites)
-            if policy is Policy.SKETCH and as_glu(site) is None:
-                raise _StayDenseError("it isn't a gated pair here, of which its sketch is")
             if execution is not Execution.MASKED:
                 execution = _cheapest(ways, policy, density, cost, site.num_tokens)
         elif cost.several_cost_more and site.num_tokens > 1:
@@ -197,7 +252,13 @@ def _decide(
                 )
             ]
             if wanted:
-                raise _StayDenseError("its columns become contiguous after this first step")
+                fixed = (fixed_layout(resolve(layout.weight)) for layout in wanted)
+                why = next((how for how in fixed if how is not None), None)
+                raise _StayDenseError(
+                    "its columns become contiguous after this first step"
+                    if why is None
+                    else f"its columns can't become contiguous: a weight of it {why}"
+                )
         decision = Decision(
             site, policy, execution, source, predictor,
             attachment.threshold if attachment is not None else 0.0,

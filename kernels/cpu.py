@@ -17,6 +17,7 @@ from torch import Tensor
 from dejavu_compile._compat import load_cpp
 
 from .activations import REFERENCE
+from .nibbles import columns
 
 log = logging.getLogger(__name__)
 
@@ -125,8 +126,19 @@ def selected(
     bits = {torch.uint8: 4, torch.int8: 8, source.dtype: 8 * source.dtype.itemsize}.get(down.dtype)
     if form is None or bits is None or down.dtype is not up.dtype:
         return None
-    source, down, up = source.contiguous(), down.contiguous(), up.contiguous()
     (tokens, width), n, rank = source.shape, up.shape[0], down.shape[0]
+    shapes = [tuple(t.shape) for t in (down, up, bias)]
+    if shapes != [(rank, down.shape[-1]), (n, up.shape[-1]), (n,)] or (
+        columns(down),
+        columns(up),
+    ) != (width, rank):
+        # What runs reads through bare pointers.
+        raise ValueError(
+            f"a predictor of shapes {shapes}, {bits} bits an element, can't read sources of width {width}"
+        )
+    if bias.dtype is not torch.float32:
+        return None
+    source, down, up, bias = (t.contiguous() for t in (source, down, up, bias))
     index, count = torch.empty(n, dtype=torch.int32), torch.empty((), dtype=torch.int32)
     form(
         source.data_ptr(), down.data_ptr(), up.data_ptr(), bias.data_ptr(), index.data_ptr(),

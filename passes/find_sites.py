@@ -96,6 +96,9 @@ def as_projection(node: fx.Node) -> Projection | None:
     shape = shape_of(parameter)
     if shape_of(source)[-1] != shape[contracted]:
         return None
+    dtypes = {n.meta["val"].dtype for n in (node, source, parameter)}
+    if len(dtypes) > 1:
+        return None  # autocast casts when an op runs, and our ops in its place would not
     return Projection(
         node=node,
         input=source,

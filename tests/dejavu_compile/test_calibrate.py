@@ -10,6 +10,7 @@ from tiny import HIDDEN, VOCABULARY, text, texts, tiny
 
 import dejavu_compile as dv
 from dejavu_compile.attachments import attached
+from dejavu_compile.batches import check_batches
 from dejavu_compile.calibrate import learn_and_judge
 from dejavu_compile.evaluate import Evaluation
 
@@ -34,6 +35,10 @@ def test_used_up_generator_is_refused_and_explained():
         dv.calibrate(tiny("opt"), batches, progress=False)
 
 
+def masked(seed, mask):
+    return {"input_ids": text(seed), "attention_mask": mask}
+
+
 @pytest.mark.parametrize(
     ("batch", "words"),
     [
@@ -44,13 +49,32 @@ def test_used_up_generator_is_refused_and_explained():
         ({"attention_mask": text(0)}, "input_ids"),
         (text(0) + VOCABULARY, "no embedding"),
         (text(0) - VOCABULARY, "no embedding"),
+        (text(0)[:0], r"no sequences(.|\n)*\(0, 48\)"),
+        (text(0)[:, :0], "too short"),
+        (text(0).bool(), r"integers \[B, T\]"),
+        (text(0).to(torch.complex64), r"integers \[B, T\]"),
+        (masked(0, torch.zeros(4, 48)), "no token that counts"),
+        (masked(0, torch.ones(4, 1, 48, 48)), r"padding(.|\n)*\(4, 1, 48, 48\)(.|\n)*\(4, 48\)"),
+        (masked(0, torch.ones(4, 47)), r"padding(.|\n)*\(4, 47\)"),
+        (masked(0, [[1] * 48] * 4), "attention_mask that isn't a tensor"),
+        ({"input_ids": text(0), "text": "abc"}, "text that isn't a tensor"),
+        ({"input_ids": text(0), "token_type_ids": None}, "token_type_ids that isn't a tensor"),
     ],
-    ids=["short", "one-dim", "floats", "list", "no-ids", "too-large", "negative"],
-)
+    ids=["short", "one-dim", "floats", "list", "no-ids", "too-large", "negative", "no-rows", "no-columns", "bools",
+         "complex", "all-padding", "mask-4d", "mask-short", "mask-list", "string", "none"],
+)  # fmt: skip
 def test_bad_batch_is_refused_by_its_number(batch, words):
     with pytest.raises(dv.CalibrationError, match=words) as caught:
         dv.calibrate(tiny("opt"), [text(1), batch], progress=False)
     assert "batch 1" in str(caught.value)
+    assert all(word in str(caught.value) for word in ("found", "expected", "fix"))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.uint8], ids=str)
+def test_ids_of_any_integers_are_taken(dtype):
+    (batch,) = check_batches(tiny("opt"), text(0).to(dtype))
+    assert batch["input_ids"].dtype is torch.int64
+    assert torch.equal(batch["input_ids"], text(0))
 
 
 @given(st.integers(2, 200))
@@ -91,6 +115,14 @@ def test_model_offloaded_by_accelerate_is_refused():
         ({"density": float("nan")}, "density"),
         ({"max_ppl_increase": -0.1}, "max_ppl_increase"),
         ({"max_ppl_increase": float("nan")}, "max_ppl_increase"),
+        ({"density": "0.5"}, "density"),
+        ({"density": True}, "density"),
+        ({"head_density": [0.5]}, "head_density"),
+        ({"max_ppl_increase": "x"}, "max_ppl_increase"),
+        ({"max_ppl_increase": True}, "max_ppl_increase"),
+        ({"max_ppl_increase": None}, "max_ppl_increase"),
+        ({"lookahead": 1.5}, "lookahead"),
+        ({"lookahead": True}, "lookahead"),
         ({"lookahead": 0}, "lookahead"),
         ({"lookahead": -1}, "lookahead"),
     ],
@@ -98,7 +130,15 @@ def test_model_offloaded_by_accelerate_is_refused():
 )
 def test_bad_option_is_refused(options, words):
     with pytest.raises(dv.OptionError, match=words):
-        dv.calibrate(tiny("opt"), texts(), progress=False, **options)
+        # Before any work: without a model, even
+        dv.calibrate(None, None, progress=False, **options)
+
+
+@pytest.mark.parametrize("density", [0, -1, 2, float("nan"), float("inf"), "0.5", True], ids=repr)
+@pytest.mark.parametrize("name", ["density", "head_density"])
+def test_another_density_out_of_range_is_refused(wide, name, density):
+    with pytest.raises(dv.OptionError, match=rf"^{name} is out of range(.|\n)*0 < {name} <= 1"):
+        wide[1].at_density(**{name: density})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)

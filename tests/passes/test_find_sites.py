@@ -9,6 +9,7 @@ from models import TOYS, UNITS, WIDTH
 from strategies import EXACT, specs
 from torch import nn
 
+from dejavu_compile.passes import gemv
 from dejavu_compile.passes.find_sites import find_sites
 from dejavu_compile.passes.in_place import targets_of
 from dejavu_compile.passes.normalize import normalize
@@ -280,3 +281,20 @@ def test_a_weight_that_is_written_between_its_uses_is_in_no_site(index):
     with torch.no_grad():
         for _ in range(3):
             models.assert_near(compiled(*given), Fast()(*expected), 1e-5)
+
+
+@pytest.mark.parametrize("backend", ["dejavu_eager", "dejavu"])
+@torch.no_grad()
+def test_under_autocast_projections_stay_as_they_are(backend, monkeypatch):
+    monkeypatch.setattr(gemv, "CPU_FROM", 0)
+    torch.compiler.reset()
+    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    x, compiled = models.tokens(count=1, width=64), torch.compile(model, backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            got, want = compiled(x), model(x)
+            assert got.dtype is want.dtype is torch.bfloat16
+            torch.testing.assert_close(got, want)
+    for _ in range(2):  # and without it they are sparse
+        models.assert_near(compiled(x), model.double()(x.double()), 1e-5)
+        model.float()
