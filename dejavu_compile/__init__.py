@@ -6,7 +6,7 @@
 After Deja Vu (Liu et al., ICML 2023).
 """
 
-from .artifact import Calibration, detach, load
+from .artifact import Calibration, detach
 from .backend import dejavu, dejavu_eager
 from .calibrate import calibrate
 from .errors import (
@@ -22,6 +22,7 @@ from .errors import (
 )
 from .evaluate import Evaluation, evaluate
 from .explain import Report, SiteReport, explain
+from .read_artifact import load
 from .verify import Verification, verify
 
 __version__ = "0.1.0"

@@ -120,8 +120,8 @@ def _app() -> "typer.Typer":
         device: Device = "", json_path: Json = None,
     ) -> None:  # fmt: skip
         """Perplexity, KL and top-1 agreement with an artifact, against dense."""
-        from .artifact import load
         from .evaluate import evaluate as run
+        from .read_artifact import load
         from .text import windows as read
 
         loaded, tokenizer = _load(model, device)
@@ -136,8 +136,8 @@ def _app() -> "typer.Typer":
         repeats: int = 20, device: Device = "", json_path: Json = None,
     ) -> None:  # fmt: skip
         """Time one decode step with a full static cache: dense Inductor against dejavu, on this machine."""
-        from .artifact import load
         from .bench import compare_steps, environment
+        from .read_artifact import load
 
         loaded, _ = _load(model, device)
         if artifact is not None:

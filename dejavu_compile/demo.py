@@ -14,13 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dejavu_compile.passes.site import SiteKind
 
 from . import bench
-from .artifact import Calibration, detach, load
+from .artifact import Calibration, detach
 from .backend import dejavu
 from .calibrate import calibrate
 from .decode_step import oracle_logits
 from .errors import ArtifactError
 from .evaluate import Evaluation, evaluate
 from .random_selections import attach_random_predictors
+from .read_artifact import load
 from .shapes import build, weight_bytes
 from .text import windows
 
