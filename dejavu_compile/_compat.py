@@ -86,6 +86,11 @@ def trace_to_aten(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.Graph
         return make_fx(gm, pre_dispatch=True)(*fake_inputs)
 
 
+def storage_id(tensor: torch.Tensor) -> int:
+    """Which memory a tensor lies in: a number that it shares with its views, and with nothing else that lives."""
+    return tensor.untyped_storage()._cdata
+
+
 def qualified_name(node: fx.Node) -> str | None:
     """The qualified name of the parameter or buffer that a Dynamo placeholder stands for.
 

@@ -390,10 +390,11 @@ def attach_calibration(model: nn.Module, calibration: Calibration) -> None:
     _check_weights(model, weights, calibration)
     _check_fingerprints(weights, calibration)
     found = [(weights[site.name], _attachment(site, weights)) for site in calibration.sites]
-    for layout in (layout for site in calibration.sites for layout in site.layouts):
-        attachments.make_unit_major(
-            weights[layout.name], layout.contracted, produces_units=layout.produces_units
-        )
+    layouts = [layout for site in calibration.sites for layout in site.layouts]
+    attachments.lay_out(
+        ((weights[one.name], one.contracted, one.produces_units) for one in layouts),
+        among=weights.values(),
+    )
     for weight, attachment in found:
         attachments.attach(weight, attachment)
 

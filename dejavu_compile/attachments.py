@@ -8,6 +8,7 @@ beside some, are guarded by the identity of their weights (`guards_needed`).
 
 import hashlib
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dejavu_compile.passes.site import Policy, PredictorWeights, SketchWeights
+
+from ._compat import storage_id
 
 _attached: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _compiled: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -170,3 +173,12 @@ def make_unit_major(weight: torch.Tensor, contracted: int, *, produces_units: bo
         return
     with torch.no_grad():
         weight.data = weight.data.t().contiguous().t()
+
+
+def lay_out(wanted: Iterable[tuple[torch.Tensor, int, bool]], among: Iterable[object]) -> None:
+    """`make_unit_major` for each (weight, contracted, produces_units), but where another parameter of `among` lies in its memory."""
+    parameters = {id(p): p for p in among if isinstance(p, nn.Parameter)}
+    lying = Counter(map(storage_id, parameters.values()))
+    for weight, contracted, produces_units in wanted:
+        if lying[storage_id(weight)] <= 1:
+            make_unit_major(weight, contracted, produces_units=produces_units)

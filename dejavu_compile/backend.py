@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ from ._compat import (
     norms_in_one_step,
     unset_fake_temporarily,
 )
-from .attachments import attached, guards_needed, make_unit_major, note_compiled
+from .attachments import attached, guards_needed, lay_out, note_compiled
 from .autotune import block_sizes, in_table
 from .dump import Dump
 from .errors import OptionError
@@ -234,10 +233,6 @@ def _needs_grad(example_inputs: Sequence[Any]) -> bool:
     return True
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 def _relayout_after_call(compiled: Compiled, relayout: tuple) -> Compiled:
     """Change the strides of the parameters that `exact` needs, after a call with them.
 
@@ -251,13 +246,7 @@ def _relayout_after_call(compiled: Compiled, relayout: tuple) -> Compiled:
 
     def call(*args: Any) -> Any:
         result = compiled(*args)
-        memory = Counter(_memory(a) for a in args if isinstance(a, torch.nn.Parameter))
-        for position, layout in relayout:
-            if memory[_memory(args[position])] > 1:
-                continue  # another parameter lies there too
-            make_unit_major(
-                args[position], layout.contracted, produces_units=layout.produces_units
-            )
+        lay_out(((args[at], r.contracted, r.produces_units) for at, r in relayout), among=args)
         return result
 
     return call

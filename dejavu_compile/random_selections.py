@@ -175,8 +175,8 @@ def attach_gates(model: nn.Module, density: float, length: int, batch: int = 1) 
         runs = (order < round(density * weight.shape[0])).to(weight.device)
         gates = source @ weight.float().T
         thresholds.append(parts[number].act(gates.new_tensor(GATE_PASSES)).item())
-        wanted = gates.abs() + GATE_CLEAR
-        wanted = torch.where(runs, GATE_PASSES + wanted, GATE_PASSES - wanted)
+        away = gates.abs() + GATE_CLEAR
+        wanted = torch.where(runs, GATE_PASSES + away, GATE_PASSES - away)
         weight += (torch.linalg.pinv(source) @ (wanted - gates)).T.to(weight.dtype)
 
     handles = [

@@ -173,13 +173,13 @@ def _predictor_from(
     return predictor
 
 
-def _is_number(value: object, least: float, most: float = math.inf) -> bool:
+def _is_within(value: object, least: float, most: float = math.inf) -> bool:
     """Finite, and within these bounds."""
     return is_number(value) and math.isfinite(value) and least <= value <= most
 
 
 def _is_whole(value: object, least: int) -> bool:
-    return isinstance(value, int) and _is_number(value, least)
+    return isinstance(value, int) and _is_within(value, least)
 
 
 def _is_curve(curve: Any) -> bool:
@@ -188,15 +188,15 @@ def _is_curve(curve: Any) -> bool:
         isinstance(densities, list)
         and isinstance(thresholds, list)
         and len(densities) == len(thresholds) > 0
-        and all(_is_number(density, 0, 1) for density in densities)
+        and all(_is_within(density, 0, 1) for density in densities)
         and densities == sorted(set(densities))
-        and all(t is None or _is_number(t, -math.inf) for t in thresholds)
+        and all(t is None or _is_within(t, -math.inf) for t in thresholds)
     )
 
 
 def _is_metrics(metrics: Any) -> bool:
     """None, or what was measured; recall and the like are for reading only."""
-    return metrics is None or _is_number(metrics["density"], 0, 1)
+    return metrics is None or _is_within(metrics["density"], 0, 1)
 
 
 def _is_layout(layout: dict[str, Any], name: str, inputs: list[dict[str, Any]]) -> bool:
@@ -234,7 +234,7 @@ def _check_site(config: dict[str, Any], before: list[str], path: Path) -> None:
         "units": (_is_whole(config["units"], 1), "at least 1"),
         "num_weights": (_is_whole(config["num_weights"], 1), "at least 1"),
         "fingerprint": (isinstance(config["fingerprint"], str), "a digest"),
-        "density": (_is_number(config["density"], 0, 1), "a number from 0 to 1"),
+        "density": (_is_within(config["density"], 0, 1), "a number from 0 to 1"),
         "curve": (_is_curve(config["curve"]), "ascending densities, a finite threshold (or null) for each"),
         "metrics": (_is_metrics(config["metrics"]), "null, or a density from 0 to 1 and what was measured at it"),
         "lookahead": (_is_whole(config["lookahead"], 0), "a number of layers"),

@@ -370,9 +370,9 @@ def launch_attention(
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless each sequence has keys and values, of as many heads, which divide the queries'."""
-    sequences = {x.shape[0] for x in (q, k, v)}
     if (
-        q.shape[2] != 1 or len(sequences) > 1 or k.shape[1:3] != v.shape[1:3] or q.shape[1] % k.shape[1]
+        q.shape[2] != 1 or not q.shape[0] == k.shape[0] == v.shape[0]
+        or k.shape[1:3] != v.shape[1:3] or q.shape[1] % k.shape[1]
     ):  # fmt: skip
         raise ValueError(
             f"decode attention takes one query a sequence, keys and values for each, and as many heads and slots of keys as of "

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from dejavu_compile._compat import storage_id
 from dejavu_compile.kernels import EARLY, HEADS_START, ROWS_START
 
 from .in_place import written
@@ -31,7 +32,9 @@ MAYBE_VIEWS = VIEWS | {aten.slice.Tensor}
 GEMVS = {ops.gemv.default, ops.gemv_into.default}
 # Positions among the arguments: of scores,
 SCORES = {**dict.fromkeys(GEMVS, 5), ops.decode_attention.default: 6}
-ROWS = {ops.gathered_rows.default: 3, ops.gathered_glu.default: 5}  # of the selection
+ROWS = {ops.gathered_rows.default: 3, ops.gathered_glu.default: 5}  # of the selection,
+# and of weights and biases that rows read as early as a selection
+OF_ROWS = {ops.gathered_rows.default: (1, 2), ops.gathered_glu.default: (1, 2, 4)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +80,7 @@ def _weights_read_early(node: fx.Node, mode: int) -> list[fx.Node]:
     if node.target in GEMVS:
         return [*node.args[1], *(bias for bias in node.args[2] if bias is not None)]
     if node.target in ROWS:
-        read = {ops.gathered_rows.default: (1, 2), ops.gathered_glu.default: (1, 2, 4)}[
-            node.target
-        ]
-        found = [node.args[at] for at in read] if mode & ROWS_START else []
+        found = [node.args[at] for at in OF_ROWS[node.target]] if mode & ROWS_START else []
         return [weight for weight in found if weight is not None]
     if node.target in {ops.gathered_sum.default, ops.head_sum.default}:
         return [node.args[1]]
@@ -160,10 +160,9 @@ def _origin(node: fx.Node) -> tuple[fx.Node, torch.Tensor]:
     arguments = fx.map_arg(node.args[1:], lambda n: n.meta["val"])
     with base.fake_mode:
         view = node.target(base, *arguments, **node.kwargs)
-    shared = view.untyped_storage()._cdata == base.untyped_storage()._cdata
-    return (origin, view) if shared else (node, view)
+    return (origin, view) if storage_id(view) == storage_id(base) else (node, view)
 
 
 def _storage(node: fx.Node) -> int | None:
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    return storage_id(value) if isinstance(value, torch.Tensor) else None

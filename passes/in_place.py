@@ -10,6 +10,8 @@ doesn't, so they take it as it is, where it is. (A cache is written too, but not
 import torch
 from torch import fx
 
+from dejavu_compile._compat import storage_id
+
 from .separable import IDENTITY, VIEWS, aten
 
 NOTHING_WRITTEN = {aten.detach_.default}  # in place only for autograd
@@ -83,13 +85,11 @@ def targets_of(node: fx.Node) -> list[fx.Node]:
 
 def has_one_name(given: fx.Node) -> bool:
     """Whether no other input of the graph is the memory of this one."""
-    storage = given.meta["val"].untyped_storage()._cdata
+    storage = storage_id(given.meta["val"])
     others = (
         n.meta.get("val") for n in given.graph.find_nodes(op="placeholder") if n is not given
     )
-    return all(
-        o.untyped_storage()._cdata != storage for o in others if isinstance(o, torch.Tensor)
-    )
+    return all(storage_id(o) != storage for o in others if isinstance(o, torch.Tensor))
 
 
 def computes(node: fx.Node) -> bool:

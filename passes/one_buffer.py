@@ -15,6 +15,8 @@ from collections import defaultdict
 import torch
 from torch import fx
 
+from dejavu_compile._compat import storage_id
+
 from .emit import Emitter
 from .in_place import computes, written
 from .separable import IDENTITY, VIEWS, aten
@@ -41,9 +43,7 @@ def one_buffer(gm: fx.GraphModule) -> int:
             read = value.meta["val"]
             if read.shape not in by_shape:
                 with emit.before(base.next):
-                    by_shape[read.shape] = emit.call(
-                        aten.as_strided.default, base, list(read.shape), list(read.stride()), 0
-                    )
+                    by_shape[read.shape] = _in_memory(emit, base, read)
             node.replace_input_with(value, by_shape[read.shape])
     copied = _copy_sources(emit)
     if shared or copied:
@@ -51,6 +51,11 @@ def one_buffer(gm: fx.GraphModule) -> int:
         gm.graph.lint()
         gm.recompile()
     return len(shared) + copied
+
+
+def _in_memory(emit: Emitter, base: fx.Node, read: torch.Tensor) -> fx.Node:
+    """`base` in the shape of `read`, as a buffer."""
+    return emit.call(aten.as_strided.default, base, list(read.shape), list(read.stride()), 0)
 
 
 def _copy_sources(emit: Emitter) -> int:
@@ -66,10 +71,7 @@ def _copy_sources(emit: Emitter) -> int:
         source, join = begin.args[0], joins[begin.args[4]]
         with emit.before(begin):
             copy = emit.call(aten.clone.default, source, memory_format=torch.contiguous_format)
-            value = copy.meta["val"]
-            copy = emit.call(
-                aten.as_strided.default, copy, list(value.shape), list(value.stride()), 0
-            )
+            copy = _in_memory(emit, copy, copy.meta["val"])
         begin.replace_input_with(source, copy)
         join.replace_input_with(source, copy)
     return len(found)
@@ -88,8 +90,7 @@ def _viewed(value: fx.Node) -> fx.Node:
 
 def _is_cast(node: fx.Node) -> bool:
     """An op that keeps its values makes new ones: it does only where it changes something."""
-    source = node.args[0].meta["val"]
-    return source.untyped_storage()._cdata != node.meta["val"].untyped_storage()._cdata
+    return storage_id(node.args[0].meta["val"]) != storage_id(node.meta["val"])
 
 
 def _is_fresh(node: fx.Node) -> bool:

@@ -14,9 +14,10 @@ import torch
 from torch import fx
 
 import dejavu_compile.kernels  # noqa: F401  registers torch.ops.dejavu
+from dejavu_compile._compat import storage_id
 
 from .emit import Emitter
-from .in_place import targets_of, written
+from .in_place import targets_of
 from .separable import (
     ADD,
     DIVIDE,
@@ -165,11 +166,13 @@ def _end(node: fx.Node) -> fx.Node | None:
     return None
 
 
-def _writes_between(start: fx.Node, end: fx.Node) -> bool:
-    """Something is written in place on the way: a node there may not keep the value that it was made with."""
+def _writes_between(start: fx.Node, end: fx.Node, into: fx.Node | None = None) -> bool:
+    """Something is written in place on the way (into the memory of `into`, where that is given): a node there may not keep the value
+    that it was made with."""
+    memory = None if into is None else storage_id(into.meta["val"])
     node = start
     while node is not end:
-        if targets_of(node):
+        if any(into is None or storage_id(t.meta["val"]) == memory for t in targets_of(node)):
             return True
         node = node.next
     return False
@@ -321,7 +324,7 @@ def _slices_nothing(node: fx.Node) -> bool:
 
 def emit_attention(emit: Emitter, found: Attention, score: fx.Node | None) -> None:
     """Replace `found.end` by the op. `score` [batch, heads]: which heads run, None for all."""
-    scale = found.scale * _take_scale(emit, emit.current(found.q))
+    scale = found.scale * _take_scale(emit, emit.current(found.q), found.end)
     with emit.before(found.end):
         q = emit.current(found.q)
         if found.divisor is not None:
@@ -350,8 +353,11 @@ def emit_attention(emit: Emitter, found: Attention, score: fx.Node | None) -> No
     emit.replace(found.end, y)
 
 
-def _take_scale(emit: Emitter, q: fx.Node) -> float:
-    """The number that a query is multiplied by, which it no longer is: a launch less. 1 where there is none."""
+def _take_scale(emit: Emitter, q: fx.Node, end: fx.Node) -> float:
+    """The number that a query is multiplied by, which it no longer is: a launch less. 1 where there is none.
+
+    What is multiplied is read at `end` then.
+    """
     node = q
     moved = {aten.transpose.int, aten.permute.default}
     while node.target in VIEWS | moved and len(node.users) == 1:
@@ -362,7 +368,7 @@ def _take_scale(emit: Emitter, q: fx.Node) -> float:
     if (
         not isinstance(factor, int | float)
         or value.meta["val"].dtype is not node.meta["val"].dtype
-        or value in written(node.graph)  # it would be read later than it is now
+        or _writes_between(node, end, into=value)
     ):
         return 1.0
     emit.replace(node, value)

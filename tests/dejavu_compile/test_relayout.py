@@ -70,7 +70,7 @@ def test_nothing_is_left_around_the_sparse_graph(prepared, monkeypatch):
         model(torch.randn(1, 64))
     assert [len(p.relayout) for p in prepared] == [1, 0]
     laid_out = []
-    monkeypatch.setattr(backend, "make_unit_major", lambda *a, **k: laid_out.append(a))
+    monkeypatch.setattr(backend, "lay_out", lambda *a, **k: laid_out.append(a))
     model(torch.randn(1, 64))
     assert not laid_out
 
@@ -132,6 +132,17 @@ def test_two_parameters_over_one_memory_keep_it():
     model.more.weight.zero_()
     assert model.out.weight.abs().max() == 0
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_attaching_leaves_a_parameter_where_another_one_lies():
+    first, model = tiny("opt", layers=3), tiny("opt", layers=3)
+    with torch.enable_grad():
+        calibration = dv.calibrate(first, texts(), policy="predict", density=0.3, progress=False)
+    weight = model.model.decoder.layers[1].fc2.weight
+    model.other = nn.Parameter(weight.data)
+    calibration.attach(model)
+    assert weight.data_ptr() == model.other.data_ptr()
+    assert strides(model)[1:] == [(256, 1), COLUMNS]
 
 
 class Scaled(torch.Tensor):
